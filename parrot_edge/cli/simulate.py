@@ -1,0 +1,122 @@
+"""`parrot simulate`: seeds in, dialogues out."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from parrot_edge.cli import options
+from parrot_edge.cli.progress import ProgressLine
+from parrot_edge.errors import UsageError
+from parrot_edge.intake import Intake, Rejects
+from parrot_edge.journal import Journal
+from parrot_edge.jsonl import Writer
+from parrot_edge.models import LocalModel, RemoteModel
+from parrot_edge.roles import Speaker
+from parrot_edge.seeds import builtin_path
+from parrot_edge.simulate import RowsOnly, Run, RunSettings, Tally
+
+
+@click.command()
+@click.argument("source", metavar="[SEEDS]", required=False)
+@click.option("--seeds", "named", type=click.Choice(["builtin"]), help="Use the seeds that come with parrot.")
+@options.output_option
+@click.option(
+    "--turns",
+    type=click.IntRange(1),
+    default=8,
+    show_default=True,
+    help="Most turns; a turn is a user message and its answer.",
+)
+@click.option("--ask", default="ask", show_default=True, metavar="MODEL", help="Who plays the user.")
+@click.option("--chat", default="chat", show_default=True, metavar="MODEL", help="Who answers.")
+@options.sampling_options
+@options.engine_options
+@options.rows_options
+@click.option("--resume", is_flag=True, help="Carry on the run that -o was begun by.")
+@click.option("--force", is_flag=True, help="Replace what -o names.")
+@options.progress_option
+def simulate(source: str | None, named: str | None, output: str, **given: Any) -> None:
+    """Let Ask and Chat talk to each other, many dialogues at once.
+
+    SEEDS holds a JSON object a line: {"prompt"}, {"topic"} (Ask writes the opening) or {"messages"}
+    (to be carried on), each with an optional "id", "system" and "persona". Without SEEDS, stdin is
+    read; on a terminal the built-in seeds are used. Every message is on disk before the next is made:
+    a run that was stopped, by whatever, goes on with --resume.
+
+    \b
+    Examples:
+      parrot simulate seeds.jsonl -o dialogues.jsonl
+      parrot simulate seeds.jsonl -o dialogues.jsonl --resume
+      parrot simulate --seeds builtin --limit 5 --turns 3
+      echo "how do I descale a kettle?" | parrot simulate --text
+      parrot simulate seeds.jsonl --chat http://localhost:8080/v1 -o dialogues.jsonl
+    """
+    if source is not None and named is not None:
+        raise UsageError("give SEEDS or --seeds builtin, not both")
+    if source is None:
+        source = str(builtin_path()) if named or sys.stdin.isatty() else "-"
+    if output == "-" and (given["resume"] or given["force"]):
+        raise UsageError("--resume and --force need -o FILE")
+    rejects = None
+    if given["on_error"] == "skip":
+        rejects = Rejects(options.rejects_path(output, given["rejects"]), append=given["resume"])
+    intake = Intake(source, given["text"], given["limit"], rejects=rejects)
+    settings = RunSettings(given["turns"], given["parallel"], given["seed"])
+    total = intake.count()
+    ask, chat = (
+        options.find_model(given[side], parallel=settings.parallel, threads=given["threads"])
+        for side in ("ask", "chat")
+    )
+    sampling = options.take_sampling(given)
+    if output == "-":
+        advice = "The rows written are whole; with -o FILE a run can be resumed."
+        recorder: Journal | RowsOnly = RowsOnly(Writer().write)
+    else:
+        advice = f"Carry on with: {options.command_line(add='--resume', drop='--force')}"
+        facts = {
+            "seed": settings.seed, "turns": settings.turns, "max_tokens": given["max_tokens"],
+            "ask": ask.name, "chat": chat.name, "sampling": repr(sampling), "exact": given["exact"],
+        }  # fmt: skip
+        recorder = Journal(Path(output), facts, resume=given["resume"], force=given["force"])
+    line = ProgressLine(given["progress"], total)
+    try:
+        tally = options.run_interruptibly(
+            _simulate(intake, total, (ask, chat), settings, sampling, recorder, line, given), advice
+        )
+        recorder.complete()
+    finally:
+        recorder.close()
+    line.finish(tally)
+    if rejects is not None and rejects.count:
+        click.echo(f"parrot: {rejects.count} rows were skipped, see {rejects.path}", err=True)
+
+
+async def _simulate(
+    intake: Intake,
+    total: int | None,
+    models: tuple[LocalModel | RemoteModel, LocalModel | RemoteModel],
+    settings: RunSettings,
+    sampling: Any,
+    recorder: Journal | RowsOnly,
+    line: ProgressLine,
+    given: dict[str, Any],
+) -> Tally:
+    from parrot_edge.pair import Load, open_pair  # loads llama.cpp
+
+    load = Load(
+        settings.parallel,
+        settings.turns,
+        given["max_tokens"],
+        context=given["context"],
+        threads=given["threads"],
+        exact=given["exact"],
+    )
+    async with open_pair(*models, load) as engines:
+        ask, chat = (Speaker(engine, given["max_tokens"], sampling) for engine in engines)
+        rejects = intake.rejects
+        run = Run(ask, chat, settings, recorder, line.show, rejects.add_seed if rejects else None)
+        return await run.over(intake.seeds() if total is not None else intake.seeds_as_they_come())

@@ -1,0 +1,447 @@
+"""llama.cpp's C interface, typed and safe: handles that free themselves, errors instead of NULL.
+
+The one module that calls `llama_cpp`. It knows nothing of scheduling; see `llama` for that.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import os
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import llama_cpp.llama_cpp as C
+import numpy as np
+
+from parrot_edge.engine.base import Sampling
+from parrot_edge.errors import ModelError, UsageError
+
+MAX_SEQUENCES = 256
+"""llama.cpp's own limit on sequences in one context."""
+
+_PENALTY_WINDOW = 64  # tokens
+_PENALTY_CANDIDATES = 256  # penalties cost a look-up per candidate, so they see the likeliest only
+_WARN, _ERROR = 3, 4  # ggml_log_level
+
+_log: deque[str] = deque(maxlen=20)
+
+
+@C.llama_log_callback
+def _on_log(level: int, text: bytes, _: object) -> None:
+    if level in (_WARN, _ERROR):
+        _log.append(text.decode("utf-8", "replace").strip())
+
+
+# llama.cpp keeps the pointer, so the callback lives as long as the module does.
+C.llama_log_set(_on_log, ctypes.c_void_p(0))
+C.llama_backend_init()
+
+
+def llama_version() -> str:
+    """The version of llama-cpp-python, to which the bundled llama.cpp belongs."""
+    return importlib.metadata.version("llama-cpp-python")
+
+
+def system_info() -> str:
+    """What the CPU offers to llama.cpp's kernels, as llama.cpp prints it."""
+    return C.llama_print_system_info().decode()
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """All scalar metadata of a GGUF, without loading its weights; raises `ModelError`."""
+    with Model(path, vocab_only=True) as model:
+        return model.metadata
+
+
+def quantize(source: Path, target: Path, type_name: str, threads: int) -> None:
+    """Write `source` anew with its matrices as `type_name` ("Q4_0", "Q8_0", "F16", ...).
+
+    Weights that are quantised already are expanded first. Raises `UsageError` for an unknown type
+    and `ModelError` where llama.cpp fails; a half-written target is removed.
+    """
+    ftype = getattr(C, f"LLAMA_FTYPE_MOSTLY_{type_name.upper()}", None)
+    if ftype is None:
+        raise UsageError(f"{type_name} is no file type of llama.cpp; Q8_0, Q4_K_M and F16 are some")
+    params = C.llama_model_quantize_default_params()
+    params.ftype, params.allow_requantize, params.nthread = ftype, True, threads
+    _log.clear()
+    if C.llama_model_quantize(os.fsencode(source), os.fsencode(target), ctypes.byref(params)) != 0:
+        target.unlink(missing_ok=True)
+        raise ModelError(f"{source} cannot be written as {type_name}: {_why()}")
+
+
+def _why() -> str:
+    """llama.cpp's own last words, shortened to the cause."""
+    errors = [line.split(": ", 1)[-1] for line in _log if "error" in line.lower() or "failed" in line.lower()]
+    return (errors or list(_log) or ["no reason given"])[0]
+
+
+class _Handle:
+    """A C pointer that is freed once: on `close`, at the end of a `with`, or with its last reference."""
+
+    def __init__(self, pointer: object, free: Callable[[Any], object]) -> None:
+        self.pointer = pointer
+        self._finalizer = weakref.finalize(self, free, pointer)
+
+    def close(self) -> None:
+        self._finalizer()
+
+    def __enter__(self):  # type: ignore[no-untyped-def]
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+class Model(_Handle):
+    """A loaded GGUF: weights, vocabulary and metadata. Several contexts can share one.
+
+    Raises `ModelError` where the file is missing, no GGUF, cut short, or of an architecture that
+    this llama.cpp does not know.
+    """
+
+    def __init__(self, path: Path, *, vocab_only: bool = False) -> None:
+        self.path = path
+        _check_gguf(path)
+        params = C.llama_model_default_params()
+        params.vocab_only = vocab_only
+        _log.clear()
+        pointer = C.llama_model_load_from_file(os.fsencode(path), params)
+        if not pointer:
+            raise ModelError(f"{path} cannot be loaded: {_why()}; check the file or fetch it again")
+        super().__init__(pointer, C.llama_model_free)
+        self._vocab = C.llama_model_get_vocab(pointer)
+        self.vocab_size: int = C.llama_vocab_n_tokens(self._vocab)
+        self.metadata = _read_metadata(pointer)
+
+    @property
+    def trained_context(self) -> int:
+        """Longest context in tokens that the model was trained for; 0 where the file does not say."""
+        return self._architecture_number("context_length")
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of the 16-bit key-value cache that one token of one sequence takes."""
+        get = self._architecture_number
+        layers, heads = get("block_count"), get("attention.head_count", 1)
+        kv_heads = get("attention.head_count_kv", heads)
+        head_size = get("embedding_length") // max(heads, 1)
+        keys = get("attention.key_length", head_size)
+        values = get("attention.value_length", head_size)
+        return 2 * layers * kv_heads * (keys + values)
+
+    def _architecture_number(self, key: str, default: int = 0) -> int:
+        text = self.metadata.get(f"{self.metadata.get('general.architecture')}.{key}", "")
+        try:
+            return int(text)
+        except ValueError:  # absent, or an array with a value per layer
+            numbers = [int(part) for part in text.strip("[]").split(",") if part.strip().isdigit()]
+            return max(numbers, default=default)
+
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja chat template that the file carries."""
+        return self.metadata.get("tokenizer.chat_template")
+
+    @property
+    def adds_bos(self) -> bool:
+        """Whether prompts of this model start with its BOS token."""
+        return bool(C.llama_vocab_get_add_bos(self._vocab))
+
+    @property
+    def bos(self) -> str:
+        """The text of the token that starts a prompt, or "" where there is none."""
+        return self._special_text(C.llama_vocab_bos(self._vocab))
+
+    @property
+    def eos(self) -> str:
+        """The text of the token that ends a text, or "" where there is none."""
+        return self._special_text(C.llama_vocab_eos(self._vocab))
+
+    def _special_text(self, token: int) -> str:
+        return "" if token < 0 else self.piece(token).decode("utf-8", "replace")
+
+    def tokenize(self, text: bytes, *, add_special: bool = False) -> list[int]:
+        """Token ids of UTF-8 text; texts of special tokens become those tokens."""
+        capacity = len(text) + 8
+        tokens = (C.llama_token * capacity)()
+        count = C.llama_tokenize(self._vocab, text, len(text), tokens, capacity, add_special, True)
+        if count < 0:
+            raise ModelError(f"{self.path} cannot tokenize a text of {len(text)} bytes")
+        return list(tokens[:count])
+
+    def piece(self, token: int) -> bytes:
+        """The bytes that a token stands for; part of a UTF-8 character where it is less than one."""
+        size = 64
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            count = C.llama_token_to_piece(self._vocab, token, buffer, size, 0, True)
+            if count >= 0:
+                return buffer.raw[:count]
+            size = -count
+
+    def ends_turn(self, token: int) -> bool:
+        """Whether a token ends a message: an end-of-generation token, or any other control token."""
+        return bool(C.llama_vocab_is_eog(self._vocab, token) or C.llama_vocab_is_control(self._vocab, token))
+
+    def load_adapter(self, path: Path) -> Adapter:
+        """A LoRA in GGUF form, checked against this base; raises `ModelError` where it does not fit."""
+        _check_gguf(path)
+        _log.clear()
+        pointer = C.llama_adapter_lora_init(self.pointer, os.fsencode(path))
+        if not pointer:
+            raise ModelError(
+                f"{path} is no adapter for {self.path.name}: {_why()}; take the base it was trained on"
+            )
+        return Adapter(self, path, pointer)
+
+
+class Adapter:
+    """A LoRA adapter of a `Model`; llama.cpp frees it with the model."""
+
+    def __init__(self, model: Model, path: Path, pointer: object) -> None:
+        self.model, self.path, self.pointer = model, path, pointer
+        self.metadata = _metadata_items(
+            lambda i, buffer, size: C.llama_adapter_meta_key_by_index(pointer, i, buffer, size),
+            lambda i, buffer, size: C.llama_adapter_meta_val_str_by_index(pointer, i, buffer, size),
+            C.llama_adapter_meta_count(pointer),
+        )
+
+
+@dataclass(frozen=True)
+class ContextShape:
+    """How large a context is.
+
+    sequences   conversations it holds at once, 1 .. 256
+    tokens      longest conversation of each, in tokens
+    threads     CPU threads of a decode
+    batch       most tokens of one decode
+    """
+
+    sequences: int
+    tokens: int
+    threads: int
+    batch: int = 512
+
+    def bytes(self, model: Model) -> int:
+        """Memory in bytes that such a context takes beside the weights (an estimate, rounded up)."""
+        cache = self.sequences * self.tokens * model.kv_bytes_per_token
+        logits = 2 * 4 * model.vocab_size * self.sequences
+        return cache + logits + 48 * 2**20
+
+
+class Context(_Handle):
+    """A key-value cache over a model, with an adapter or none; each sequence has a stream of its own.
+
+    Raises `ModelError` where llama.cpp cannot allocate it.
+    """
+
+    def __init__(self, model: Model, shape: ContextShape, adapter: Adapter | None = None) -> None:
+        self.model, self.shape, self.adapter = model, shape, adapter
+        params = C.llama_context_default_params()
+        params.n_ctx = shape.sequences * shape.tokens
+        params.n_seq_max = shape.sequences
+        params.n_batch = params.n_ubatch = max(shape.batch, shape.sequences)
+        params.n_outputs_max = shape.sequences
+        params.n_threads = params.n_threads_batch = shape.threads
+        params.kv_unified = False
+        params.no_perf = True
+        _log.clear()
+        pointer = C.llama_init_from_model(model.pointer, params)
+        if not pointer:
+            raise ModelError(
+                f"no context of {shape.sequences} x {shape.tokens} tokens on {model.path}: {_why()}"
+            )
+        super().__init__(pointer, C.llama_free)
+        if adapter is not None:
+            adapters = (C.llama_adapter_lora_p_ctypes * 1)(adapter.pointer)
+            scales = (ctypes.c_float * 1)(1.0)
+            if C.llama_set_adapters_lora(pointer, adapters, 1, scales) != 0:
+                raise ModelError(f"{adapter.path} cannot be applied: {_why()}")
+        self._memory = C.llama_get_memory(pointer)
+        self._batch = _Batch(int(params.n_batch))
+
+    def decode(self, rows: Sequence[tuple[int, int, Sequence[int], bool]]) -> list[int]:
+        """Feed tokens; a row is (sequence, position of its first token, tokens, wants logits).
+
+        Returns, per row that wants logits, the index to give to `Sampler.sample`; they hold until
+        the next decode. The rows hold at most `shape.batch` tokens in all.
+        """
+        outputs = self._batch.fill(rows)
+        _log.clear()
+        code = C.llama_decode(self.pointer, self._batch.struct)
+        if code != 0:
+            raise ModelError(f"{self.model.path} failed to decode (code {code}): {_why()}")
+        return outputs
+
+    def logits(self, index: int) -> np.ndarray:
+        """A copy of the logits behind an index that `decode` returned: float32 (vocab_size,)."""
+        pointer = C.llama_get_logits_ith(self.pointer, index)
+        return np.ctypeslib.as_array(pointer, (self.model.vocab_size,)).copy()
+
+    def save(self, sequence: int, pool: BufferPool) -> SavedSequence:
+        """A copy of a sequence's cache, in memory from `pool`."""
+        size = C.llama_state_seq_get_size(self.pointer, sequence)
+        buffer = pool.take(size)
+        C.llama_state_seq_get_data(self.pointer, _bytes_of(buffer), size, sequence)
+        return SavedSequence(buffer, size)
+
+    def restore(self, sequence: int, saved: SavedSequence, pool: BufferPool) -> None:
+        """Put a saved cache into an empty sequence and give its memory back to `pool`."""
+        if C.llama_state_seq_set_data(self.pointer, _bytes_of(saved.buffer), saved.size, sequence) == 0:
+            raise ModelError(f"{self.model.path} could not restore a conversation: {_why()}")
+        pool.give(saved.buffer)
+
+    def forget(self, sequence: int, start: int = 0) -> bool:
+        """Drop a sequence's cache from position `start` on; False where the model cannot drop a part."""
+        return bool(C.llama_memory_seq_rm(self._memory, sequence, start, -1))
+
+
+@dataclass(frozen=True)
+class SavedSequence:
+    """A sequence's cache outside its context: `size` bytes at the start of `buffer`."""
+
+    buffer: np.ndarray
+    size: int
+
+
+class BufferPool:
+    """Memory for saved sequences, used again: fresh pages cost more than the copy into them."""
+
+    def __init__(self, spare: int = 4) -> None:
+        self._spare, self._free = spare, list[np.ndarray]()
+
+    def take(self, size: int) -> np.ndarray:
+        """A uint8 array of at least `size` bytes."""
+        for index, buffer in enumerate(self._free):
+            if size <= buffer.size <= 4 * size:
+                return self._free.pop(index)
+        return np.empty(size + size // 4, np.uint8)
+
+    def give(self, buffer: np.ndarray) -> None:
+        """Take a buffer back; the oldest spare is freed."""
+        self._free = [*self._free, buffer][-self._spare :]
+
+
+def _bytes_of(buffer: np.ndarray) -> object:
+    return buffer.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+
+
+class _Batch:
+    """llama.cpp's batch over numpy arrays, filled by slices: per-token ctypes writes would cost more."""
+
+    def __init__(self, capacity: int) -> None:
+        self.struct = C.llama_batch()
+        self._token = np.zeros(capacity, np.int32)
+        self._pos = np.zeros(capacity, np.int32)
+        self._logits = np.zeros(capacity, np.int8)
+        self._sequence = np.zeros(capacity, np.int32)
+        self._count = np.ones(capacity, np.int32)
+        rows = self._sequence.ctypes.data + 4 * np.arange(capacity)
+        self._rows = rows.astype(np.uint64)
+        as_pointer = ctypes.POINTER
+        self.struct.token = self._token.ctypes.data_as(as_pointer(C.llama_token))
+        self.struct.pos = self._pos.ctypes.data_as(as_pointer(C.llama_pos))
+        self.struct.n_seq_id = self._count.ctypes.data_as(as_pointer(ctypes.c_int32))
+        self.struct.seq_id = self._rows.ctypes.data_as(as_pointer(as_pointer(C.llama_seq_id)))
+        self.struct.logits = self._logits.ctypes.data_as(as_pointer(ctypes.c_int8))
+
+    def fill(self, rows: Sequence[tuple[int, int, Sequence[int], bool]]) -> list[int]:
+        start, outputs = 0, []
+        for sequence, position, tokens, wants_logits in rows:
+            end = start + len(tokens)
+            self._token[start:end] = tokens
+            self._pos[start:end] = np.arange(position, position + len(tokens))
+            self._sequence[start:end] = sequence
+            self._logits[start:end] = 0
+            if wants_logits:
+                self._logits[end - 1] = 1
+                outputs.append(end - 1)
+            start = end
+        self.struct.n_tokens = start
+        return outputs
+
+
+class Sampler(_Handle):
+    """A sampler chain in C: grammar, top-k, repetition penalty, top-p, min-p, temperature, draw.
+
+    Raises `UsageError` for a grammar that does not parse.
+    """
+
+    def __init__(self, model: Model, sampling: Sampling, seed: int) -> None:
+        chain = C.llama_sampler_chain_init(C.llama_sampler_chain_default_params())
+        super().__init__(chain, C.llama_sampler_free)
+        vocab = C.llama_model_get_vocab(model.pointer)
+
+        def add(sampler: object) -> None:
+            C.llama_sampler_chain_add(chain, sampler)
+
+        if sampling.grammar is not None:
+            _log.clear()
+            grammar = C.llama_sampler_init_grammar(vocab, sampling.grammar.encode(), b"root")
+            if not grammar:
+                raise UsageError(f"the grammar cannot be parsed: {_why()}; it is GBNF with a rule named root")
+            add(grammar)
+        if sampling.repeat_penalty != 1.0:
+            add(C.llama_sampler_init_top_k(max(sampling.top_k, _PENALTY_CANDIDATES)))
+            add(
+                C.llama_sampler_init_penalties(
+                    model.vocab_size, _PENALTY_WINDOW, sampling.repeat_penalty, 0.0, 0.0
+                )
+            )
+        if sampling.temperature == 0.0:
+            add(C.llama_sampler_init_greedy())
+            return
+        if sampling.top_k > 0:
+            add(C.llama_sampler_init_top_k(sampling.top_k))
+        if sampling.top_p < 1.0:
+            add(C.llama_sampler_init_top_p(sampling.top_p, 1))
+        if sampling.min_p > 0.0:
+            add(C.llama_sampler_init_min_p(sampling.min_p, 1))
+        add(C.llama_sampler_init_temp(sampling.temperature))
+        add(C.llama_sampler_init_dist(seed))
+
+    def sample(self, context: Context, index: int) -> int:
+        """Draw a token from the logits at `index` and remember it for the penalty and the grammar."""
+        return int(C.llama_sampler_sample(self.pointer, context.pointer, index))
+
+
+def _check_gguf(path: Path) -> None:
+    """One clear sentence for what is no GGUF at all, before llama.cpp sees it."""
+    try:
+        with open(path, "rb") as file:
+            magic = file.read(4)
+    except IsADirectoryError:
+        raise ModelError(f"{path} is a directory; name the GGUF file in it") from None
+    except OSError as error:
+        raise ModelError(
+            f"{path} cannot be opened: {error.strerror}; `parrot models` lists what there is"
+        ) from None
+    if magic != b"GGUF":
+        raise ModelError(f"{path} is not a GGUF file; convert the model first or name another file")
+
+
+def _read_metadata(pointer: object) -> dict[str, str]:
+    return _metadata_items(
+        lambda i, buffer, size: C.llama_model_meta_key_by_index(pointer, i, buffer, size),
+        lambda i, buffer, size: C.llama_model_meta_val_str_by_index(pointer, i, buffer, size),
+        C.llama_model_meta_count(pointer),
+    )
+
+
+def _metadata_items(key_at, value_at, count: int) -> dict[str, str]:  # type: ignore[no-untyped-def]
+    def text(read, index: int) -> str:  # type: ignore[no-untyped-def]
+        size = 256
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            needed = read(index, buffer, size)
+            if needed < size:
+                return buffer.value.decode("utf-8", "replace") if needed >= 0 else ""
+            size = needed + 1
+
+    return {text(key_at, index): text(value_at, index) for index in range(count)}

@@ -1,0 +1,176 @@
+"""Durable dialogues: every message is on record before the next one is made.
+
+OUT holds finished rows, and beside it OUT.journal, as long as the run is not complete, the
+messages of dialogues under way. Each line of the journal is handed to the operating system
+before the dialogue goes on, so killing the process loses nothing; `sync`, called about once a second,
+makes that hold for the machine.
+
+It knows the shape of its own lines and the ids in OUT; what a run is, it does not know.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from parrot_edge.dialogue import Message
+from parrot_edge.errors import InputError, OutputError, UsageError
+from parrot_edge.jsonl import Appender, Line, encode, read_lines
+
+
+@dataclass
+class Progress:
+    """How far a dialogue has come: messages beyond the seed's, and its end if it has one.
+
+    read, made, cut  tokens read and made, and messages cut at their token limit, so far
+    """
+
+    messages: list[Message] = field(default_factory=list)
+    read: int = 0
+    made: int = 0
+    cut: int = 0
+    stop_reason: str | None = None
+
+
+class Journal:
+    """The output of a run and the record of what is under way.
+
+    `settings` is what the rows depend on; resuming with others raises `UsageError`. A new run
+    refuses an existing OUT unless `resume` or `force`. A torn last line, in either file, is mended:
+    its dialogue is carried on from its last whole line.
+    """
+
+    def __init__(
+        self, path: Path, settings: Mapping[str, Any], *, resume: bool = False, force: bool = False
+    ) -> None:
+        if path.exists() and not (resume or force):
+            raise OutputError(f"{path} exists; --resume carries it on, --force replaces it")
+        if path.is_dir():
+            raise OutputError(f"{path} is a directory; name a file")
+        self.path = path
+        self.journal_path = path.with_name(path.name + ".journal")
+        self._output = Appender(path, truncate=not resume)
+        self._journal: Appender | None = None
+        self.finished: set[str] = set()
+        self.under_way: dict[str, Progress] = {}
+        try:
+            if resume:
+                self.finished = {_row_id(line) for line in read_lines(path)}
+                self._recall(dict(settings))
+            self._start_journal({"settings": dict(settings)})
+        except BaseException:
+            self.close()
+            raise
+
+    def _recall(self, settings: dict[str, Any]) -> None:
+        """Read the journal of the run that is carried on."""
+        if not self.journal_path.exists():
+            return
+        with Appender(self.journal_path):  # mends a torn tail
+            pass
+        lines = read_lines(self.journal_path)
+        first = next(lines, None)
+        if first is not None:
+            _check_settings(first.row().get("settings"), settings, self.path)
+        for line in lines:
+            entry = line.row()
+            try:
+                identity = entry["id"]
+                if identity in self.finished:
+                    continue
+                progress = self.under_way.setdefault(identity, Progress())
+                progress.read += entry["read"]
+                progress.made += entry["made"]
+                progress.cut += entry["cut"]
+                if entry.get("stop_reason"):
+                    progress.stop_reason = entry["stop_reason"]
+                else:
+                    progress.messages.append(Message(entry["role"], entry["content"]))
+            except (KeyError, TypeError):
+                raise line.error(
+                    "is not a journal line; remove the file to start its dialogues anew"
+                ) from None
+
+    def _start_journal(self, header: dict[str, Any]) -> None:
+        """Begin the journal anew with only what is under way, in place of the old one at once."""
+        draft = self.journal_path.with_name(self.journal_path.name + ".new")
+        with contextlib.suppress(FileNotFoundError):
+            draft.unlink()
+        self._journal = Appender(draft)
+        lines = [encode(header)]
+        for identity, progress in self.under_way.items():
+            for index, message in enumerate(progress.messages):
+                costs = (progress.read, progress.made, progress.cut) if index == 0 else (0, 0, 0)
+                lines.append(encode(_message_entry(identity, message, *costs)))
+            if progress.stop_reason:
+                costs = (0, 0, 0) if progress.messages else (progress.read, progress.made, progress.cut)
+                lines.append(encode(_end_entry(identity, progress.stop_reason, *costs)))
+        self._journal.append_bytes(b"".join(lines))
+        self._journal.sync()
+        os.replace(draft, self.journal_path)
+        self._journal.path = self.journal_path
+
+    def add_message(self, identity: str, message: Message, *, read: int, made: int, cut: int) -> None:
+        """Record a message of a dialogue that goes on."""
+        self._append(_message_entry(identity, message, read, made, cut))
+
+    def add_end(self, identity: str, stop_reason: str, *, read: int, made: int, cut: int) -> None:
+        """Record that a dialogue ended, before its row is written."""
+        self._append(_end_entry(identity, stop_reason, read, made, cut))
+
+    def _append(self, entry: dict[str, Any]) -> None:
+        assert self._journal is not None
+        self._journal.append(entry)
+
+    def add_row(self, row: dict[str, Any]) -> None:
+        """Write the row of a finished dialogue; a second row of an id is an error of the caller."""
+        assert row["id"] not in self.finished
+        self._output.append(row)
+        self.finished.add(row["id"])
+
+    def sync(self) -> None:
+        """Make all that was recorded survive a failure of the machine."""
+        if self._journal is not None:
+            self._journal.sync()
+        self._output.sync()
+
+    def complete(self) -> None:
+        """The run is over: OUT alone remains."""
+        self._output.sync()
+        self.close()
+        self.journal_path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Close both files; a second call does nothing."""
+        if self._journal is not None:
+            self._journal.close()
+        self._output.close()
+
+
+def _message_entry(identity: str, message: Message, read: int, made: int, cut: int) -> dict[str, Any]:
+    return {"id": identity, **message.as_dict(), "read": read, "made": made, "cut": cut}
+
+
+def _end_entry(identity: str, stop_reason: str, read: int, made: int, cut: int) -> dict[str, Any]:
+    return {"id": identity, "stop_reason": stop_reason, "read": read, "made": made, "cut": cut}
+
+
+def _row_id(line: Line) -> str:
+    identity = line.row().get("id")
+    if not isinstance(identity, str):
+        raise line.error('has no "id", so this is not an output of parrot simulate; choose another -o')
+    return identity
+
+
+def _check_settings(old: object, new: dict[str, Any], path: Path) -> None:
+    if not isinstance(old, dict):
+        raise InputError("is not a journal; remove it to start anew", source=f"{path}.journal", line=1)
+    for key, value in new.items():
+        if key in old and old[key] != value:
+            raise UsageError(
+                f"{path} was begun with {key} {old[key]!r}, not {value!r}; resume with the same settings"
+            )

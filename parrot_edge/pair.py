@@ -1,0 +1,141 @@
+"""Two engines for two sides: what is loaded once, what fits in memory, what is refused.
+
+Files that both sides use are loaded once; each adapter gets a context of its own over them, and
+two sides that are the same model share one context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from parrot_edge.engine.base import Engine
+from parrot_edge.engine.llama import LlamaEngine, Scheduler
+from parrot_edge.engine.native import MAX_SEQUENCES, Context, ContextShape, Model
+from parrot_edge.engine.remote import RemoteEngine
+from parrot_edge.errors import ModelError, UsageError
+from parrot_edge.machine import MEMORY_SHARE, choose_threads, format_bytes, inspect_machine
+from parrot_edge.models import LocalModel, RemoteModel
+
+MOST_LANES = 64
+"""Replies made at once by one context: beyond this a CPU gains nothing, and memory is allocated."""
+
+_LEAST_TOKENS = 512  # a context that is shorter holds no dialogue worth having
+_HEADER_TOKENS = 16  # around a message, generously
+_OPENING_TOKENS = 1024  # room for the seed
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a pair of models has to bear.
+
+    parallel    dialogues at once
+    turns       user messages of a dialogue, at most
+    max_tokens  of a message
+    context     tokens of the longest dialogue, or None for what turns and max_tokens need
+    threads     or None for what suits the machine
+    exact       see `LlamaEngine`
+    """
+
+    parallel: int
+    turns: int
+    max_tokens: int
+    context: int | None = None
+    threads: int | None = None
+    exact: bool = False
+
+
+@asynccontextmanager
+async def open_pair(
+    ask: LocalModel | RemoteModel, chat: LocalModel | RemoteModel, load: Load
+) -> AsyncIterator[tuple[Engine, Engine]]:
+    """Engines for both sides, planned before anything large is allocated and closed at the end.
+
+    Raises `ModelError` where a model cannot be used or the pair does not fit into memory (naming
+    the largest `parallel` that would), and `UsageError` where no dialogue of that many turns fits.
+    """
+    sides = list(dict.fromkeys((ask, chat)))
+    local = [side for side in sides if isinstance(side, LocalModel)]
+    shapes = plan_contexts(
+        local, load, conversations={side: (ask, chat).count(side) * load.parallel for side in local}
+    )
+    async with AsyncExitStack() as stack:
+        engines: dict[LocalModel | RemoteModel, Engine] = {}
+        bases: dict[Path, Model] = {}
+        scheduler = Scheduler()
+        for side in sides:
+            if isinstance(side, RemoteModel):
+                engines[side] = RemoteEngine(side.url, side.model, parallel=load.parallel)
+            else:
+                base = bases.get(side.path) or bases.setdefault(side.path, Model(side.path))
+                adapter = base.load_adapter(side.adapter) if side.adapter else None
+                context = Context(base, shapes[side], adapter)
+                engines[side] = LlamaEngine(context, scheduler, name=side.name, exact=load.exact)
+            stack.push_async_callback(engines[side].aclose)
+        yield engines[ask], engines[chat]
+
+
+def plan_contexts(
+    sides: list[LocalModel], load: Load, conversations: dict[LocalModel, int]
+) -> dict[LocalModel, ContextShape]:
+    """A context shape for each side that together fit the memory that is free.
+
+    `conversations` counts the dialogues of each side: those beyond a context's lanes wait in
+    plain memory, which is planned as if all were as long as can be.
+    """
+    if not sides:
+        return {}
+    headers = {side.path: Model(side.path, vocab_only=True) for side in sides}
+    machine = inspect_machine()
+    budget = machine.memory_available * MEMORY_SHARE
+    threads = load.threads or choose_threads(machine).count
+    weights = sum(path.stat().st_size for path in headers)
+
+    def shapes_at(parallel: int, share: float = 1.0) -> dict[LocalModel, ContextShape]:
+        lanes = min(parallel, MOST_LANES, MAX_SEQUENCES)
+        return {
+            side: ContextShape(lanes, int(_tokens_needed(headers[side.path], load) * share), threads)
+            for side in sides
+        }
+
+    def bytes_of(shapes: dict[LocalModel, ContextShape], parallel: int) -> float:
+        total = float(weights)
+        for side, shape in shapes.items():
+            model = headers[side.path]
+            waiting = conversations[side] * parallel // load.parallel - shape.sequences
+            total += shape.bytes(model) + max(0, waiting) * shape.tokens * model.kv_bytes_per_token
+        return total
+
+    for share in (1.0, 0.75, 0.5):
+        shapes = shapes_at(load.parallel, share)
+        if (
+            bytes_of(shapes, load.parallel) <= budget
+            and min(s.tokens for s in shapes.values()) >= _LEAST_TOKENS
+        ):
+            return shapes
+    needed = bytes_of(shapes_at(load.parallel), load.parallel)
+    fitting = [n for n in range(1, load.parallel) if bytes_of(shapes_at(n), n) <= budget]
+    advice = f"the largest --parallel that fits is {fitting[-1]}" if fitting else "not even one dialogue fits"
+    raise ModelError(
+        f"--parallel {load.parallel} needs {format_bytes(int(needed))} "
+        f"and {format_bytes(int(budget))} can be used; {advice}"
+    )
+
+
+def _tokens_needed(model: Model, load: Load) -> int:
+    """Tokens of the longest dialogue, within what the model was trained for."""
+    least = load.turns * 2 * (_HEADER_TOKENS // 4 + 1)
+    most = model.trained_context
+    if load.context is not None and load.context > most > 0:
+        raise UsageError(
+            f"--context {load.context} is more than the {most} tokens that {model.path.name} was trained for"
+        )
+    limit = load.context or most
+    if least > limit > 0:
+        raise UsageError(
+            f"--turns {load.turns} cannot fit {limit} tokens of context on {model.path.name}; ask for fewer"
+        )
+    wanted = load.context or _OPENING_TOKENS + load.turns * 2 * (load.max_tokens + _HEADER_TOKENS)
+    return min(max(wanted, _LEAST_TOKENS), most or wanted)

@@ -1,0 +1,258 @@
+"""How Ask and Chat are prompted, and how it shows that a message went wrong or a dialogue is over.
+
+Ask plays the user. Where the engine can write any role's message, Ask continues the conversation
+after the user's header, as it was trained ("native"). A remote endpoint only writes as the
+assistant: there Ask is told whom to play and sees the roles exchanged ("flipped").
+
+It knows engines only by what `engine.base` promises.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from difflib import SequenceMatcher
+
+from parrot_edge.dialogue import Message, Seed
+from parrot_edge.engine.base import Engine, Reply, Request, Sampling, Session
+from parrot_edge.engine.sampling import derive_seed
+
+ATTEMPTS = 3
+"""How often a message is drawn before its fault ends the dialogue."""
+
+END_MARK = "[END]"
+"""What a flipped Ask writes to end the dialogue; a native one leaves its message empty."""
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """One side of a dialogue: an engine and how it draws."""
+
+    engine: Engine
+    max_tokens: int = 256
+    sampling: Sampling = field(default_factory=Sampling)
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """What a side said: the message's text, or in `stop_reason` why there is none.
+
+    `read` and `made` count tokens over all attempts; `cut` tells that `max_tokens` was reached.
+    """
+
+    text: str = ""
+    stop_reason: str | None = None
+    read: int = 0
+    made: int = 0
+    cut: bool = False
+
+
+def ask_view(seed: Seed, messages: Sequence[Message], *, native: bool) -> list[Message]:
+    """The conversation as Ask is prompted with it; ends where Ask is to write."""
+    turns = [message for message in messages if message.role != "system"]
+    if native:
+        line = _native_line(seed, opening=not turns)
+        return [Message("system", line), *turns] if line else [m for m in messages if m.role != "system"]
+    exchanged = {"user": "assistant", "assistant": "user"}
+    return [
+        Message("system", _flipped_line(seed)),
+        Message("user", "Hello! How can I help you today?"),
+        *(Message(exchanged[m.role], m.content) for m in turns),
+    ]
+
+
+def _native_line(seed: Seed, *, opening: bool) -> str | None:
+    parts = []
+    if seed.persona:
+        parts.append(f"The user is {seed.persona}.")
+    if opening and seed.topic:
+        parts.append(f"The user asks about {seed.topic}.")
+    return " ".join(parts) or None
+
+
+def _flipped_line(seed: Seed) -> str:
+    lines = [
+        "You play a person who is talking to an AI assistant. You ask; the assistant answers.",
+        "Write only the person's next message: short, casual, the way people type.",
+        "React to the last answer: ask about a detail, object, add something about yourself, or move on.",
+        "Never answer questions, never offer help, never explain.",
+        f"When you have got what you wanted, write {END_MARK} and nothing else.",
+    ]
+    if seed.persona:
+        lines.append(f"The person you play is {seed.persona}.")
+    if seed.topic:
+        lines.append(f"The conversation is about {seed.topic}.")
+    return "\n".join(lines)
+
+
+async def say_as_ask(
+    ask: Speaker, session: Session, seed: Seed, messages: Sequence[Message], run_seed: int
+) -> Utterance:
+    """Ask's next message, or why there is none; a message with a fault is drawn again."""
+    native = ask.engine.writes_any_role
+    said = [message.content for message in messages if message.role == "user"]
+
+    def fault(text: str) -> str | None:
+        if not text or END_MARK in text:
+            return "end"
+        if sounds_like_assistant(text):
+            return "role_flip"
+        return "repetition" if repeats(text, said) else None
+
+    return await _say(
+        ask,
+        session,
+        ask_view(seed, messages, native=native),
+        "user" if native else "assistant",
+        fault,
+        (run_seed, seed.id, len(messages), "ask"),
+    )
+
+
+async def say_as_chat(
+    chat: Speaker,
+    session: Session,
+    seed: Seed,
+    messages: Sequence[Message],
+    run_seed: int,
+    on_text: Callable[[str], None] | None = None,
+) -> Utterance:
+    """Chat's next message, or why there is none; a repeated or empty one is drawn again."""
+    said = [message.content for message in messages if message.role == "assistant"]
+
+    def fault(text: str) -> str | None:
+        return "repetition" if not text or repeats(text, said) else None
+
+    return await _say(
+        chat, session, messages, "assistant", fault, (run_seed, seed.id, len(messages), "chat"), on_text
+    )
+
+
+async def _say(
+    speaker: Speaker,
+    session: Session,
+    view: Sequence[Message],
+    next_role: str,
+    fault: Callable[[str], str | None],
+    draw: tuple[object, ...],
+    on_text: Callable[[str], None] | None = None,
+) -> Utterance:
+    read = made = 0
+    reason: str | None = None
+    for attempt in range(1 if on_text else ATTEMPTS):
+        reply: Reply = await session.reply(
+            Request(
+                view,
+                next_role,
+                max_tokens=speaker.max_tokens,
+                sampling=speaker.sampling,
+                seed=derive_seed(*draw, attempt),
+                on_text=on_text,
+            )
+        )
+        read, made = read + reply.new_tokens, made + reply.completion_tokens
+        if reply.finish == "context":
+            return Utterance(stop_reason="context", read=read, made=made)
+        text = reply.text.strip()
+        reason = fault(text)
+        if reason is None or (on_text and text):
+            return Utterance(text, read=read, made=made, cut=reply.finish == "length")
+        if reason == "end":
+            break
+    return Utterance(stop_reason=reason, read=read, made=made)
+
+
+_ASSISTANT_OPENINGS = re.compile(
+    r"(?:sure|certainly|of course|absolutely|(?:that's a )?(?:great|good) question|here(?:'s| is| are)"
+    r"|i(?:'d| would| am|'m) (?:be )?(?:happy|glad) to|happy to help|i'm (?:here to|sorry|just a|an ai)"
+    r"|i can (?:help|assist)|let me (?:help|explain|know)|as an ai|i am an ai|i apologi[sz]e|you're welcome"
+    r"|(?:how|what) can i (?:help|assist|do for)|to (?:answer|address) your|it (?:seems|sounds) like you"
+    r"|thank(?:s| you) for (?:your|sharing|reaching|asking|bringing)|it's great (?:that|to hear))\b",
+    re.IGNORECASE,
+)
+_ASSISTANT_PHRASES = re.compile(
+    r"\b(?:as an ai|as a language model|hope this helps|is there anything else i can"
+    r"|let me know if you (?:have|need|would)|feel free to (?:ask|reach)|would you like me to"
+    r"|(?:do you|if you) have any (?:other|further|more|specific) questions|how (?:can|may) i (?:help|assist)"
+    r"|i(?:'d| would) be (?:happy|glad) to (?:help|assist|provide|explain))\b",
+    re.IGNORECASE,
+)
+_LIST_ITEM = re.compile(r"^\s*(?:\d+[.)]|[-*•])\s+\S", re.MULTILINE)
+
+
+def sounds_like_assistant(text: str) -> bool:
+    """Whether a user's message reads as an answer: an assistant's opening or phrase, or a long list.
+
+    Figures against labelled turns are in docs/benchmarks.md.
+
+    >>> sounds_like_assistant("Sure! Here are three ideas for dinner:")
+    True
+    >>> sounds_like_assistant("sounds good, but what about the rice?")
+    False
+    """
+    opening = text.lstrip("\"'*# \n")
+    if _ASSISTANT_OPENINGS.match(opening) and not opening.rstrip().endswith("?"):
+        return True
+    if _ASSISTANT_PHRASES.search(text):
+        return True
+    return "?" not in text and len(_LIST_ITEM.findall(text)) >= 3
+
+
+def repeats(text: str, earlier: Sequence[str]) -> bool:
+    """Whether a message says what an earlier one said (nearly the same letters), or runs in a circle.
+
+    >>> repeats("And what about the rice?", ["and what about the rice"])
+    True
+    >>> repeats("no no no " * 40, [])
+    True
+    """
+    data = text.encode("utf-8")
+    if len(data) > 200 and len(data) > 6 * len(zlib.compress(data)):
+        return True
+    plain = _plain(text)
+    return any(_alike(plain, _plain(other)) for other in earlier)
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"\W+", " ", text.lower()).strip()
+
+
+def _alike(one: str, other: str) -> bool:
+    if one == other:
+        return True
+    if min(len(one), len(other)) < 0.8 * max(len(one), len(other)):
+        return False
+    matcher = SequenceMatcher(None, one, other, autojunk=False)
+    return matcher.real_quick_ratio() > 0.9 and matcher.quick_ratio() > 0.9 and matcher.ratio() > 0.9
+
+
+_FAREWELL = re.compile(
+    r"\b(?:good ?bye|bye|farewell|see (?:you|ya)|take care|good ?night|talk to you (?:later|soon)"
+    r"|have a (?:nice|great|good|wonderful|lovely) (?:day|one|evening|night|weekend|time)"
+    r"|that(?:'s| is) all|(?:i have )?no (?:more|further|other) questions)\b",
+    re.IGNORECASE,
+)
+_THANKS = re.compile(r"\b(?:thanks?|thank you|thx|cheers|appreciate)\b", re.IGNORECASE)
+_FAREWELL_WORDS = 20
+
+
+def says_farewell(messages: Sequence[Message]) -> bool:
+    """Whether the dialogue is over: the user said goodbye, or only thanked twice running.
+
+    To be asked after Chat's answer, so that the goodbye is answered.
+
+    >>> says_farewell([Message("user", "ok thanks, bye!"), Message("assistant", "Goodbye!")])
+    True
+    """
+    said = [message.content for message in messages if message.role == "user"][-2:]
+    if not said:
+        return False
+    if _short(said[-1]) and _FAREWELL.search(said[-1]):
+        return True
+    return len(said) == 2 and all(_short(text) and _THANKS.search(text) for text in said)
+
+
+def _short(text: str) -> bool:
+    return "?" not in text and len(text.split()) <= _FAREWELL_WORDS
