@@ -271,12 +271,11 @@ class RemoteEngine:
         That one is raised outside of the handlers, as the client's errors carry the request, and
         with it the key.
         """
-        import anyio  # comes with openai, as does its loading time
         import openai
 
         try:
             # the client's own time-out starts anew with each byte, so that a trickle could last for ever
-            with anyio.fail_after(self._timeout):
+            async with asyncio.timeout(self._timeout):
                 return await awaitable
         except (TimeoutError, openai.APITimeoutError):
             failure = _Failure(f"no answer within {self._timeout:g} s")

@@ -1,0 +1,94 @@
+"""`parrot bench`: this engine against its limit and against others."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from parrot_edge.cli import options
+from parrot_edge.errors import UsageError
+from parrot_edge.intake import Intake
+from parrot_edge.machine import choose_threads
+from parrot_edge.models import RemoteModel
+from parrot_edge.seeds import builtin_path
+
+
+@click.command()
+@click.option(
+    "--model", default="chat", show_default=True, metavar="MODEL", help="The file that every way runs."
+)
+@click.option("--dialogues", type=click.IntRange(1), default=32, show_default=True, help="Dialogues in all.")
+@click.option(
+    "--parallel", type=click.IntRange(1, 64), default=16, show_default=True, help="Dialogues at once."
+)
+@click.option("--turns", type=click.IntRange(1), default=4, show_default=True, help="Turns of a dialogue.")
+@click.option(
+    "--max-tokens", type=click.IntRange(1), default=96, show_default=True, help="Tokens of a message."
+)
+@click.option("--threads", type=click.IntRange(1), help="CPU threads of every way.")
+@click.option("--baseline", metavar="MODEL", help="Run the two Llama objects on this file instead.")
+@click.option("--llama-server", "server", metavar="PATH", help="The binary.  [default: the one on the PATH]")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def bench(
+    model: str,
+    dialogues: int,
+    parallel: int,
+    turns: int,
+    max_tokens: int,
+    threads: int | None,
+    baseline: str | None,
+    server: str | None,
+    as_json: bool,
+) -> None:
+    """Measure the engine against its limit and against other ways to run the same file.
+
+    The limit is what a pair could reach that writes every token once at the best measured rate and
+    reads it once, on the other side, at the best measured rate. Run it on a quiet machine.
+
+    \b
+    Examples:
+      parrot bench
+      parrot bench --model big.gguf --parallel 32 --llama-server ~/llama.cpp/build/bin/llama-server
+    """
+    from parrot_edge import bench as ways  # loads llama.cpp
+
+    threads = threads or choose_threads().count
+    shape = ways.Shape(dialogues, turns, max_tokens, parallel, threads)
+    openings = [seed.messages[-1].content for seed in Intake(str(builtin_path())).seeds() if seed.messages]
+    path = _file(model, parallel, threads)
+    binary = ways.find_llama_server(server)
+    limit = ways.measure_limit(path, shape)
+    results = [ways.measure_engine(path, shape, openings, contexts=count) for count in (2, 1)]
+    results.append(ways.measure_two_llamas(_file(baseline or model, parallel, threads), shape, openings))
+    if binary is not None:
+        results.append(ways.measure_llama_server(binary, path, shape, openings))
+    if as_json:
+        rows = [{**asdict(result), "rate": result.rate} for result in results]
+        report = {
+            "model": str(path),
+            "shape": asdict(shape),
+            "limit": {**asdict(limit), "exchange": limit.exchange},
+        }
+        click.echo(json.dumps({**report, "results": rows}))
+        return
+    click.echo(
+        f"{path.name}: {dialogues} dialogues of {turns} turns, {parallel} at once, {threads} threads\n"
+    )
+    click.echo(f"{'':42}{'tokens/s':>10}{'of limit':>10}{'read':>8}")
+    click.echo(f"{'limit: write once, read once':42}{limit.exchange:10.0f}{1:10.2f}{1:8.2f}")
+    for result in results:
+        read = f"{result.read:8.2f}" if result.read is not None else ""
+        click.echo(f"{result.way:42}{result.rate:10.0f}{result.rate / limit.exchange:10.2f}{read}")
+    click.echo(f"\nbest rates: {limit.decode:.0f} tokens/s written, {limit.prompt:.0f} read")
+    if binary is None:
+        click.echo("llama-server is not on the PATH and was left out")
+
+
+def _file(text: str, parallel: int, threads: int) -> Path:
+    model = options.find_model(text, parallel=parallel, threads=threads)
+    if isinstance(model, RemoteModel):
+        raise UsageError("bench measures files; name a GGUF")
+    return model.path
