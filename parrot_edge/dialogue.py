@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import reprlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,14 +75,14 @@ def parse_seed(line: Line, *, text: bool = False) -> Seed:
     persona = _take_text(line, row, "persona")
     topic = _take_text(line, row, "topic")
     prompt = _take_text(line, row, "prompt")
-    messages = parse_messages(line, row.pop("messages")) if row.get("messages") is not None else ()
-    row.pop("messages", None)
+    listed = row.pop("messages", None)
+    messages = parse_messages(line, listed) if listed is not None else ()
     if prompt is not None and messages:
         raise line.error('has both "prompt" and "messages"; keep one')
     if prompt is not None:
         messages = (Message("user", prompt),)
-    if not messages and topic is None:
-        raise line.error('has no "prompt", "topic" or "messages"')
+    if topic is None and all(message.role == "system" for message in messages):
+        raise line.error('has no "prompt", no "topic" and no turn in "messages"; add one of them')
     if system is not None:
         if messages and messages[0].role == "system":
             raise line.error('has "system" and a system message; keep one')
@@ -91,18 +92,22 @@ def parse_seed(line: Line, *, text: bool = False) -> Seed:
 
 
 def parse_messages(line: Line, value: object) -> tuple[Message, ...]:
-    """Messages in order: an optional system message, then user and assistant in turn, user first."""
-    if not isinstance(value, list) or not value:
-        raise line.error('"messages" must be a non-empty list')
+    """Messages in order: an optional system message, then user and assistant in turn, user first.
+
+    The list may be empty: a dialogue that failed at its opening has none.
+    """
+    if not isinstance(value, list):
+        raise line.error('"messages" must be a list')
     messages = []
     for position, item in enumerate(value, 1):
         if not isinstance(item, dict) or not isinstance(item.get("content"), str) or "role" not in item:
             raise line.error(f'message {position} must be {{"role": ..., "content": text}}')
         if item["role"] not in ROLES:
-            raise line.error(f"message {position} has role {item['role']!r}; use one of {', '.join(ROLES)}")
+            role = reprlib.repr(item["role"])
+            raise line.error(f"message {position} has role {role}; use one of {', '.join(ROLES)}")
         _check_text(line, item["content"], f"message {position}")
         messages.append(Message(item["role"], item["content"]))
-    turns = messages[1:] if messages[0].role == "system" else messages
+    turns = messages[1:] if messages and messages[0].role == "system" else messages
     for offset, message in enumerate(turns):
         expected = "user" if offset % 2 == 0 else "assistant"
         if message.role != expected:
@@ -113,8 +118,6 @@ def parse_messages(line: Line, value: object) -> tuple[Message, ...]:
             )
         if not message.content.strip():
             raise line.error(f"message {offset + 1 + (len(messages) - len(turns))} is empty")
-    if not turns:
-        raise line.error('"messages" holds a system message only')
     return tuple(messages)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from parrot_edge.dialogue import Message, Seed
 from parrot_edge.errors import ParrotError
 from parrot_edge.roles import Speaker, say_as_ask, say_as_chat
-from parrot_edge.simulate import take_in_turn
+from parrot_edge.simulate import concerns_one_dialogue, take_in_turn
 
 
 async def extend_dialogues(
@@ -31,7 +31,7 @@ async def extend_dialogues(
         try:
             write(await _extend(role, speaker, seed, run_seed))
         except ParrotError as error:
-            if on_failure is None:
+            if on_failure is None or not concerns_one_dialogue(error):
                 raise
             on_failure(seed, error)
 

@@ -7,17 +7,20 @@ before the first model is loaded; a pipe is read as it comes.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import reprlib
 import stat
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from parrot_edge.dialogue import Seed, parse_seed
-from parrot_edge.errors import InputError
+from parrot_edge.errors import InputError, OutputError
 from parrot_edge.jsonl import Line, Writer, read_lines
 
 
@@ -40,42 +43,45 @@ class Intake:
     def count(self) -> int | None:
         """How many seeds there are, all of them checked, or None for a pipe.
 
-        Raises `InputError` for the first bad line unless rejects are taken, and where there is no seed.
+        Raises `InputError` for the first bad line unless rejects are taken, and where there is no line.
         """
         if not self._can_be_read_twice():
             return None
+        start = os.lseek(sys.stdin.fileno(), 0, os.SEEK_CUR) if self.path == "-" else 0
         count = sum(1 for _ in self._read(lambda line, error: None))  # rejects are written on the second pass
         if self.path == "-":
-            sys.stdin.buffer.seek(0)
-        if count == 0:
-            raise self._nothing()
+            os.lseek(sys.stdin.fileno(), start, os.SEEK_SET)
         return count
 
     def seeds(self) -> Iterator[Seed]:
         """The seeds in order; raises as `count` does."""
-        empty = True
-        for seed in self._read(self.rejects.add_line if self.rejects else None):
-            empty = False
-            yield seed
-        if empty:
-            raise self._nothing()
+        return self._read(self.rejects.add_line if self.rejects else None)
 
     async def seeds_as_they_come(self) -> AsyncIterator[Seed]:
-        """The same for a pipe, without holding up the event loop."""
-        seeds = self.seeds()
-        while (seed := await asyncio.to_thread(next, seeds, None)) is not None:
-            yield seed
+        """The same for a pipe, without holding up the event loop, nor its end while no line comes."""
+        loop, seeds = asyncio.get_running_loop(), self.seeds()
+        while True:
+            seed: asyncio.Future[Seed | None] = loop.create_future()
+            Thread(target=_take_next, args=(seeds, loop, seed), daemon=True).start()
+            if (taken := await seed) is None:
+                return
+            yield taken
 
     def _read(self, reject: Callable[[Line, InputError], None] | None) -> Iterator[Seed]:
         seen: dict[str, int] = {}
 
         def parsed() -> Iterator[Seed]:
+            empty = True
             for line in read_lines(self.path):
+                empty = False
                 try:
                     seed = parse_seed(line, text=self.text)
                     self._check_turn(line, seed)
                     if seed.id in seen:
-                        raise line.error(f"has the id {seed.id!r} of line {seen[seed.id]}; ids must differ")
+                        raise line.error(
+                            f"has the id of line {seen[seed.id]}, {reprlib.repr(seed.id)}; ids must differ, "
+                            "and rows that say the same need ids of their own"
+                        )
                 except InputError as error:
                     if self.rejects is None or reject is None:
                         raise
@@ -83,6 +89,9 @@ class Intake:
                     continue
                 seen[seed.id] = line.number
                 yield seed
+            if empty:
+                source = "<stdin>" if self.path == "-" else self.path
+                raise InputError("holds no rows; one JSON object per line is expected", source=source)
 
         return islice(parsed(), self.limit)
 
@@ -100,20 +109,40 @@ class Intake:
             return self.path != "-"  # reading it will say what is wrong
         return stat.S_ISREG(mode) or stat.S_ISDIR(mode)
 
-    def _nothing(self) -> InputError:
-        source = "<stdin>" if self.path == "-" else self.path
-        return InputError("holds no rows; one JSON object per line is expected", source=source)
+
+def _take_next(
+    seeds: Iterator[Seed], loop: asyncio.AbstractEventLoop, taken: asyncio.Future[Seed | None]
+) -> None:
+    """Settle `taken` with the next seed, or None after the last, from a thread of its own."""
+
+    def settle(seed: Seed | None, error: Exception | None) -> None:
+        if taken.done():  # nobody waits any more
+            return
+        if error is not None:
+            taken.set_exception(error)
+        else:
+            taken.set_result(seed)
+
+    result: tuple[Seed | None, Exception | None]
+    try:
+        result = next(seeds, None), None
+    except Exception as error:
+        result = None, error
+    with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
+        loop.call_soon_threadsafe(settle, *result)
 
 
 class Rejects:
     """A file of what was skipped: `{"source", "line", "id", "reason", "text"}` a row.
 
-    It is made when the first row is rejected; a run that is carried on adds to it.
+    It is made when the first row is rejected. A run that is carried on meets its bad rows again, so
+    an existing file is replaced then (`replace`), and refused otherwise.
     """
 
-    def __init__(self, path: Path, *, append: bool = False) -> None:
+    def __init__(self, path: Path, *, replace: bool = False) -> None:
+        if not replace and os.path.exists(path):
+            raise OutputError(f"{path} exists; remove it or name another with --rejects")
         self.path, self.count = path, 0
-        self._append = append
         self._writer: Writer | None = None
 
     def add_line(self, line: Line, error: InputError) -> None:
@@ -129,6 +158,13 @@ class Rejects:
 
     def _add(self, row: dict[str, Any]) -> None:
         if self._writer is None:
-            self._writer = Writer(self.path, force=True, append=self._append)
+            self._writer = Writer(self.path, force=True)
         self._writer.write(row)
         self.count += 1
+
+    def close(self) -> None:
+        """The run is over; where nothing was rejected, the file of an earlier attempt goes."""
+        if self._writer is not None:
+            self._writer.close()
+        else:
+            self.path.unlink(missing_ok=True)

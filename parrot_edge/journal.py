@@ -40,35 +40,45 @@ class Journal:
     """The output of a run and the record of what is under way.
 
     `settings` is what the rows depend on; resuming with others raises `UsageError`. A new run
-    refuses an existing OUT unless `resume` or `force`. A torn last line, in either file, is mended:
-    its dialogue is carried on from its last whole line.
+    refuses an existing OUT unless `resume` or `force`, and leaves none behind if it ends before its
+    first message. A torn last line, in either file, is mended: its dialogue is carried on from its
+    last whole line.
+
+    finished   ids of the rows in OUT
+    under_way  dialogues without a row, as far as they were recorded when the journal was opened
     """
 
     def __init__(
         self, path: Path, settings: Mapping[str, Any], *, resume: bool = False, force: bool = False
     ) -> None:
-        if path.exists() and not (resume or force):
-            raise OutputError(f"{path} exists; --resume carries it on, --force replaces it")
-        if path.is_dir():
+        if os.path.isdir(path):
             raise OutputError(f"{path} is a directory; name a file")
+        if os.path.exists(path) and not (resume or force):
+            raise OutputError(f"{path} exists; --resume carries it on, --force replaces it")
         self.path = path
         self.journal_path = path.with_name(path.name + ".journal")
+        if resume and os.path.exists(path) and not os.path.exists(self.journal_path):
+            _read_ids(path)  # raises where this is no output, before anything of it is mended
         self._output = Appender(path, truncate=not resume)
         self._journal: Appender | None = None
+        self._is_untouched = not resume
         self.finished: set[str] = set()
         self.under_way: dict[str, Progress] = {}
         try:
             if resume:
-                self.finished = {_row_id(line) for line in read_lines(path)}
+                self.finished = _read_ids(path)
                 self._recall(dict(settings))
+                self._output.sync()  # the journal is about to forget what is finished
             self._start_journal({"settings": dict(settings)})
         except BaseException:
             self.close()
             raise
+        self._begun = set(self.under_way)
+        self._is_untouched = not (self.finished or self.under_way)
 
     def _recall(self, settings: dict[str, Any]) -> None:
         """Read the journal of the run that is carried on."""
-        if not self.journal_path.exists():
+        if not os.path.exists(self.journal_path):
             return
         with Appender(self.journal_path):  # mends a torn tail
             pass
@@ -124,13 +134,17 @@ class Journal:
 
     def _append(self, entry: dict[str, Any]) -> None:
         assert self._journal is not None
+        self._is_untouched = False
         self._journal.append(entry)
+        self._begun.add(entry["id"])
 
     def add_row(self, row: dict[str, Any]) -> None:
         """Write the row of a finished dialogue; a second row of an id is an error of the caller."""
         assert row["id"] not in self.finished
+        self._is_untouched = False
         self._output.append(row)
         self.finished.add(row["id"])
+        self._begun.discard(row["id"])
 
     def sync(self) -> None:
         """Make all that was recorded survive a failure of the machine."""
@@ -139,16 +153,19 @@ class Journal:
         self._output.sync()
 
     def complete(self) -> None:
-        """The run is over: OUT alone remains."""
-        self._output.sync()
+        """The run is over: OUT alone remains, unless a dialogue failed that can be carried on."""
+        self.sync()
+        self._is_untouched = False
+        if self._journal is not None and not self._begun:
+            self._journal.discard()
         self.close()
-        self.journal_path.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Close both files; a second call does nothing."""
-        if self._journal is not None:
-            self._journal.close()
-        self._output.close()
+        for appender in (self._journal, self._output):
+            if appender is not None:
+                (appender.discard if self._is_untouched else appender.close)()
+        self._is_untouched = False
 
 
 def _message_entry(identity: str, message: Message, read: int, made: int, cut: int) -> dict[str, Any]:
@@ -159,11 +176,15 @@ def _end_entry(identity: str, stop_reason: str, read: int, made: int, cut: int) 
     return {"id": identity, "stop_reason": stop_reason, "read": read, "made": made, "cut": cut}
 
 
+def _read_ids(path: Path) -> set[str]:
+    return {_row_id(line) for line in read_lines(path)}
+
+
 def _row_id(line: Line) -> str:
-    identity = line.row().get("id")
-    if not isinstance(identity, str):
-        raise line.error('has no "id", so this is not an output of parrot simulate; choose another -o')
-    return identity
+    row = line.row()
+    if not isinstance(row.get("id"), str) or "stop_reason" not in row:
+        raise line.error("is not a row of parrot simulate, so nothing was carried on; choose another -o")
+    return row["id"]
 
 
 def _check_settings(old: object, new: dict[str, Any], path: Path) -> None:

@@ -27,12 +27,44 @@ END_MARK = "[END]"
 
 
 @dataclass(frozen=True)
+class AskPrompt:
+    """How Ask is prompted.
+
+    native  continue after the user's header; else be told to play the user, with roles exchanged
+    system  the system line, or None for what the model's template does without one
+    """
+
+    native: bool
+    system: str | None = None
+
+
+NATIVE = AskPrompt(native=True)
+FLIPPED = AskPrompt(
+    native=False,
+    system=(
+        "You play a person who is talking to an AI assistant. You ask; the assistant answers.\n"
+        "Write only the person's next message: short, casual, the way people type.\n"
+        "React to the last answer: ask about a detail, object, add something about yourself, or move on.\n"
+        "Never answer questions, never offer help, never explain.\n"
+        f"When you have got what you wanted, write {END_MARK} and nothing else."
+    ),
+)
+"""The prompts that did best; docs/benchmarks.md has the others and the figures."""
+
+
+@dataclass(frozen=True)
 class Speaker:
-    """One side of a dialogue: an engine and how it draws."""
+    """One side of a dialogue: an engine, how it draws, and for Ask how it is prompted (None: as suits the engine)."""
 
     engine: Engine
     max_tokens: int = 256
     sampling: Sampling = field(default_factory=Sampling)
+    prompt: AskPrompt | None = None
+
+    @property
+    def ask_prompt(self) -> AskPrompt:
+        """How this engine is prompted as Ask."""
+        return self.prompt or (NATIVE if self.engine.writes_any_role else FLIPPED)
 
 
 @dataclass(frozen=True)
@@ -49,49 +81,35 @@ class Utterance:
     cut: bool = False
 
 
-def ask_view(seed: Seed, messages: Sequence[Message], *, native: bool) -> list[Message]:
+def ask_view(seed: Seed, messages: Sequence[Message], prompt: AskPrompt) -> list[Message]:
     """The conversation as Ask is prompted with it; ends where Ask is to write."""
     turns = [message for message in messages if message.role != "system"]
-    if native:
-        line = _native_line(seed, opening=not turns)
-        return [Message("system", line), *turns] if line else [m for m in messages if m.role != "system"]
-    exchanged = {"user": "assistant", "assistant": "user"}
-    return [
-        Message("system", _flipped_line(seed)),
-        Message("user", "Hello! How can I help you today?"),
-        *(Message(exchanged[m.role], m.content) for m in turns),
-    ]
-
-
-def _native_line(seed: Seed, *, opening: bool) -> str | None:
-    parts = []
-    if seed.persona:
-        parts.append(f"The user is {seed.persona}.")
-    if opening and seed.topic:
-        parts.append(f"The user asks about {seed.topic}.")
-    return " ".join(parts) or None
-
-
-def _flipped_line(seed: Seed) -> str:
-    lines = [
-        "You play a person who is talking to an AI assistant. You ask; the assistant answers.",
-        "Write only the person's next message: short, casual, the way people type.",
-        "React to the last answer: ask about a detail, object, add something about yourself, or move on.",
-        "Never answer questions, never offer help, never explain.",
-        f"When you have got what you wanted, write {END_MARK} and nothing else.",
-    ]
+    if prompt.native:
+        parts = [prompt.system or ""]
+        if seed.persona:
+            parts.append(f"The user is {seed.persona}.")
+        if seed.topic and not turns:
+            parts.append(f"The user asks about {seed.topic}.")
+        line = " ".join(part for part in parts if part)
+        return [Message("system", line), *turns] if line else list(messages)
+    lines = [prompt.system or ""]
     if seed.persona:
         lines.append(f"The person you play is {seed.persona}.")
     if seed.topic:
         lines.append(f"The conversation is about {seed.topic}.")
-    return "\n".join(lines)
+    exchanged = {"user": "assistant", "assistant": "user"}
+    return [
+        Message("system", "\n".join(lines)),
+        Message("user", "Hello! How can I help you today?"),
+        *(Message(exchanged[message.role], message.content) for message in turns),
+    ]
 
 
 async def say_as_ask(
     ask: Speaker, session: Session, seed: Seed, messages: Sequence[Message], run_seed: int
 ) -> Utterance:
     """Ask's next message, or why there is none; a message with a fault is drawn again."""
-    native = ask.engine.writes_any_role
+    prompt = ask.ask_prompt
     said = [message.content for message in messages if message.role == "user"]
 
     def fault(text: str) -> str | None:
@@ -104,8 +122,8 @@ async def say_as_ask(
     return await _say(
         ask,
         session,
-        ask_view(seed, messages, native=native),
-        "user" if native else "assistant",
+        ask_view(seed, messages, prompt),
+        "user" if prompt.native else "assistant",
         fault,
         (run_seed, seed.id, len(messages), "ask"),
     )

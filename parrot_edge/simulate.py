@@ -132,13 +132,14 @@ class Run:
             await take_in_turn(seeds, work, self.settings.parallel)
         finally:
             sync.cancel()
+            await sync  # raises where the disk did
         return tally
 
     async def _simulate(self, seed: Seed, tally: Tally) -> None:
         try:
             row = await self._converse(seed, tally)
         except ParrotError as error:
-            if self.on_failure is None or not _concerns_one_dialogue(error):
+            if self.on_failure is None or not concerns_one_dialogue(error):
                 raise
             self.on_failure(seed, error)
             tally.skipped += 1
@@ -176,10 +177,10 @@ class Run:
 
     def _shares_a_session(self, seed: Seed) -> bool:
         """Whether both sides read the very same text, so that one cache serves both."""
-        if self.ask.engine is not self.chat.engine or not self.ask.engine.writes_any_role:
+        prompt = self.ask.ask_prompt
+        if self.ask.engine is not self.chat.engine or not prompt.native or not seed.messages:
             return False
-        probe = [*seed.messages, Message("user", "?")]
-        return bool(seed.messages) and ask_view(seed, probe, native=True) == probe
+        return ask_view(seed, seed.messages, prompt) == list(seed.messages)
 
     def _record(self, seed: Seed, progress: Progress, said: Utterance, role: str) -> None:
         costs = {"read": said.read, "made": said.made, "cut": int(said.cut)}
@@ -221,7 +222,7 @@ class Run:
                 await asyncio.to_thread(self.recorder.sync)
 
 
-def _concerns_one_dialogue(error: ParrotError) -> bool:
+def concerns_one_dialogue(error: ParrotError) -> bool:
     """Whether the run can go on without this dialogue: not so where its output or settings are at fault."""
     return isinstance(error, EndpointError | ModelError)
 

@@ -29,6 +29,12 @@ VERBS = {
 
 
 class _Verbs(click.Group):
+    def invoke(self, context: click.Context) -> object:
+        try:
+            return super().invoke(context)
+        except BrokenPipeError:  # click itself would make it exit 1
+            return context.exit(0)
+
     def list_commands(self, context: click.Context) -> list[str]:
         return list(VERBS)
 
@@ -42,9 +48,14 @@ class _Verbs(click.Group):
             formatter.write_dl(list(VERBS.items()))
 
 
-@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    cls=_Verbs,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
 @click.version_option(__version__, prog_name="parrot")
-def parrot() -> None:
+@click.pass_context
+def parrot(context: click.Context) -> None:
     """Dialogues on your own machine: simulate them, train on them, ship the models.
 
     \b
@@ -53,29 +64,51 @@ def parrot() -> None:
       parrot ask < dialogues.jsonl | parrot chat > longer.jsonl
       parrot chat
     """
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
 
 
 def main() -> NoReturn:
     """Run `parrot`; exit 0, or 1 with one sentence, or 2 for a wrong call."""
+    _open_missing_streams()
+    code = 1
     try:
-        parrot.main(prog_name="parrot", standalone_mode=False)
-        sys.stdout.flush()
-        sys.exit(0)
+        result = parrot.main(prog_name="parrot", standalone_mode=False)
+        code = result if isinstance(result, int) else 0
+    except click.UsageError as error:
+        code = error.exit_code
+        command = error.ctx.command_path if error.ctx else "parrot"
+        message = " ".join(error.format_message().split()).rstrip(".")
+        click.echo(f"parrot: {message}; see {command} --help", err=True)
     except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except click.exceptions.Exit as error:
-        sys.exit(error.exit_code)
-    except BrokenPipeError:
-        _leave_without_flushing()
+        code = error.exit_code
+        click.echo(f"parrot: {error.format_message()}", err=True)
     except (KeyboardInterrupt, click.Abort):
-        sys.exit(130)
+        code = 130
     except ParrotError as error:
+        code = 2 if isinstance(error, UsageError) else 1
         click.echo(f"parrot: {error}", err=True)
-        sys.exit(2 if isinstance(error, UsageError) else 1)
+    except OSError as error:  # not foreseen, so no more is known of it
+        click.echo(f"parrot: {error.filename or 'the output'} failed: {error.strerror}", err=True)
+    finally:
+        _drop_unwritable_output()
+    sys.exit(code)
 
 
-def _leave_without_flushing() -> NoReturn:
-    """End quietly after the reader of stdout has gone: what is buffered has nowhere to go."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.exit(0)
+def _open_missing_streams() -> None:
+    """Where a standard stream is closed, put one there: a file that is opened must not take its number.
+
+    Stdin is at its end, stdout fails, and stderr takes all.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY if name == "stderr" else os.O_RDONLY), number)
+            setattr(sys, name, open(number, "w" if number else "r"))
+
+
+def _drop_unwritable_output() -> None:
+    """What stdout cannot take has nowhere to go, and Python shall not try once more."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

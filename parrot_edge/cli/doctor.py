@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 import parrot_edge
+from parrot_edge.filetype import choose_file
 from parrot_edge.machine import (
     DEFAULT_SEQUENCES,
     choose_sequences,
@@ -20,7 +21,8 @@ from parrot_edge.machine import (
     inspect_machine,
     plural,
 )
-from parrot_edge.models import LocalModel, cache_dir, choose_file, config_dir, parse_model
+from parrot_edge.models import LocalModel, parse_model
+from parrot_edge.store import cache_dir, config_dir
 
 EXTRAS = {
     "train": ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets"),

@@ -8,7 +8,7 @@ from dataclasses import asdict
 import click
 
 from parrot_edge.machine import format_bytes
-from parrot_edge.models import add_model, list_models, parse_model, pull_model, remove_model
+from parrot_edge.models import add_model, list_models, parse_model, remove_model
 
 
 @click.group(invoke_without_command=True)
@@ -65,7 +65,7 @@ def pull(model: str) -> None:
     Example:
       parrot models pull hf:HuggingFaceTB/SmolLM2-360M-Instruct-GGUF/smollm2-360m-instruct-q8_0.gguf
     """
-    click.echo(pull_model(model).target)
+    click.echo(parse_model(model, refresh=True).target)
 
 
 @models.command()

@@ -7,6 +7,7 @@ import contextlib
 import os
 import shlex
 import signal
+import stat
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
@@ -15,9 +16,11 @@ from typing import Any, TypeVar
 import click
 
 from parrot_edge.engine.base import Engine, Sampling
+from parrot_edge.errors import UsageError
+from parrot_edge.filetype import choose_file
 from parrot_edge.intake import Intake, Rejects
 from parrot_edge.jsonl import Writer
-from parrot_edge.models import LocalModel, RemoteModel, choose_file, parse_model
+from parrot_edge.models import LocalModel, RemoteModel, parse_model
 from parrot_edge.roles import Speaker
 
 _T = TypeVar("_T")
@@ -152,50 +155,83 @@ async def open_engine(model: LocalModel | RemoteModel, **load: Any) -> AsyncIter
         yield engine
 
 
-def rejects_path(output: str, rejects: str | None) -> Path:
-    """The rejects file that belongs to an output."""
-    if rejects is not None:
-        return Path(rejects)
-    return Path("rejects.jsonl" if output == "-" else f"{output}.rejects.jsonl")
+def open_intake(
+    source: str, given: dict[str, Any], *, replace: bool, waiting: str | None = None
+) -> Intake:
+    """What is read, and with `--on-error skip` the rejects file, which `replace` replaces."""
+    output, rejects = given["output"], None
+    path = given["rejects"] or ("rejects.jsonl" if output == "-" else f"{output}.rejects.jsonl")
+    _refuse_same_file(source, output)
+    if given["on_error"] == "skip":
+        _refuse_same_file(source, path)
+        if os.path.abspath(path) == os.path.abspath(output):
+            raise UsageError(f"-o and --rejects both name {path}; give them different names")
+        rejects = Rejects(Path(path), replace=replace)
+    return Intake(source, given["text"], given["limit"], waiting, rejects)
 
 
-def run_interruptibly(work: Coroutine[Any, Any, _T], advice: str) -> _T:
-    """Run to the end, or to Ctrl-C or SIGTERM: then say `advice` and leave at once.
+def _refuse_same_file(source: str, target: str) -> None:
+    """What is read must not be what is written: it would be gone, or grow without end."""
+    try:
+        read = os.stat(sys.stdin.fileno() if source == "-" else source)
+        written = os.stat(sys.stdout.fileno() if target == "-" else target)
+    except (OSError, ValueError):  # one of them does not exist; who opens it will say so
+        return
+    if stat.S_ISREG(read.st_mode) and os.path.samestat(read, written):
+        name = source if source != "-" else target if target != "-" else "stdin"
+        raise UsageError(f"{name} cannot be read and written at once; name another output")
+
+
+def close_rejects(rejects: Rejects | None) -> None:
+    """Say how many rows were skipped."""
+    if rejects is None:
+        return
+    rejects.close()
+    if rejects.count:
+        rows = "1 row was" if rejects.count == 1 else f"{rejects.count} rows were"
+        click.echo(f"parrot: {rows} skipped, see {rejects.path}", err=True)
+
+
+def run_interruptibly(
+    work: Coroutine[Any, Any, _T], advice: str, at_stop: Callable[[], None] = lambda: None
+) -> _T:
+    """Run to the end, or to Ctrl-C or SIGTERM: then call `at_stop`, say `advice` and leave at once.
 
     Leaving does not wait for the decode under way, which can take long on a large model; all that
     was recorded is with the operating system already.
     """
 
+    def leave(number: int) -> None:
+        try:
+            at_stop()
+            start = "\n" if sys.stderr.isatty() else ""  # after the terminal's ^C
+            click.echo(f"{start}parrot: stopped; {advice}", err=True)
+            sys.stdout.flush()
+        finally:
+            os._exit(128 + number)
+
     async def watched() -> _T:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, _leave, number, advice)
+            loop.add_signal_handler(number, leave, number)
         return await work
 
     return asyncio.run(watched())
 
 
-def _leave(number: int, advice: str) -> None:
-    click.echo(f"\nparrot: stopped. {advice}", err=True)
-    with contextlib.suppress(OSError):
-        sys.stdout.flush()
-    os._exit(128 + number)
-
-
 def command_line(*, add: str, drop: str) -> str:
-    """This command again, with a flag added and another left out."""
-    arguments = [argument for argument in sys.argv[1:] if argument not in (add, drop)]
-    return shlex.join(["parrot", *arguments, add])
+    """This command again, with a flag of its verb added and another left out."""
+    verb, *arguments = sys.argv[1:]
+    return shlex.join(["parrot", verb, add, *(each for each in arguments if each not in (add, drop))])
 
 
 def extend_rows(role: str, source: str, given: dict[str, Any]) -> None:
     """What `parrot ask` and `parrot chat` share: rows in, rows with one message more out."""
     from parrot_edge.extend import extend_dialogues
 
-    output, parallel = given["output"], given["parallel"]
-    rejects = Rejects(rejects_path(output, given["rejects"])) if given["on_error"] == "skip" else None
-    intake = Intake(source, given["text"], given["limit"], role, rejects)
-    total = intake.count()
+    parallel, force = given["parallel"], given["force"]
+    intake = open_intake(source, given, replace=force, waiting=role)
+    rejects, total = intake.rejects, intake.count()
     model = find_model(given["model"], parallel=parallel, threads=given["threads"])
     sampling = take_sampling(given)
 
@@ -212,5 +248,6 @@ def extend_rows(role: str, source: str, given: dict[str, Any]) -> None:
                 on_failure=rejects.add_seed if rejects else None,
             )
 
-    with Writer(output, force=given["force"]) as writer:
-        run_interruptibly(extend(writer), "The rows written are whole.")
+    with Writer(given["output"], force=force) as writer:
+        run_interruptibly(extend(writer), "the rows written are whole")
+    close_rejects(rejects)

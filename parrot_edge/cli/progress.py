@@ -21,6 +21,15 @@ class ProgressLine:
         self._on = sys.stderr.isatty() if wanted is None else wanted
         self._total = total
         self._next = 0.0
+        self._length = 0
+
+    def __enter__(self) -> ProgressLine:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """What follows starts a line of its own."""
+        if self._shown:
+            self._write("\n")
 
     def show(self, tally: Tally) -> None:
         """Rewrite the line, at most five times a second."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import click
 from parrot_edge.cli import options
 from parrot_edge.cli.progress import ProgressLine
 from parrot_edge.errors import UsageError
-from parrot_edge.intake import Intake, Rejects
+from parrot_edge.intake import Intake
 from parrot_edge.journal import Journal
 from parrot_edge.jsonl import Writer
 from parrot_edge.models import LocalModel, RemoteModel
@@ -39,7 +40,7 @@ from parrot_edge.simulate import RowsOnly, Run, RunSettings, Tally
 @click.option("--resume", is_flag=True, help="Carry on the run that -o was begun by.")
 @click.option("--force", is_flag=True, help="Replace what -o names.")
 @options.progress_option
-def simulate(source: str | None, named: str | None, output: str, **given: Any) -> None:
+def simulate(source: str | None, named: str | None, **given: Any) -> None:
     """Let Ask and Chat talk to each other, many dialogues at once.
 
     SEEDS holds a JSON object a line: {"prompt"}, {"topic"} (Ask writes the opening) or {"messages"}
@@ -59,12 +60,10 @@ def simulate(source: str | None, named: str | None, output: str, **given: Any) -
         raise UsageError("give SEEDS or --seeds builtin, not both")
     if source is None:
         source = str(builtin_path()) if named or sys.stdin.isatty() else "-"
+    output = given["output"]
     if output == "-" and (given["resume"] or given["force"]):
         raise UsageError("--resume and --force need -o FILE")
-    rejects = None
-    if given["on_error"] == "skip":
-        rejects = Rejects(options.rejects_path(output, given["rejects"]), append=given["resume"])
-    intake = Intake(source, given["text"], given["limit"], rejects=rejects)
+    intake = options.open_intake(source, given, replace=given["resume"] or given["force"])
     settings = RunSettings(given["turns"], given["parallel"], given["seed"])
     total = intake.count()
     ask, chat = (
@@ -73,26 +72,22 @@ def simulate(source: str | None, named: str | None, output: str, **given: Any) -
     )
     sampling = options.take_sampling(given)
     if output == "-":
-        advice = "The rows written are whole; with -o FILE a run can be resumed."
+        advice = "the rows written are whole, and with -o FILE a run can be resumed"
         recorder: Journal | RowsOnly = RowsOnly(Writer().write)
     else:
-        advice = f"Carry on with: {options.command_line(add='--resume', drop='--force')}"
+        advice = f"carry on with: {options.command_line(add='--resume', drop='--force')}"
         facts = {
             "seed": settings.seed, "turns": settings.turns, "max_tokens": given["max_tokens"],
             "ask": ask.name, "chat": chat.name, "sampling": repr(sampling), "exact": given["exact"],
         }  # fmt: skip
         recorder = Journal(Path(output), facts, resume=given["resume"], force=given["force"])
-    line = ProgressLine(given["progress"], total)
-    try:
+    with contextlib.closing(recorder), ProgressLine(given["progress"], total) as line:
         tally = options.run_interruptibly(
             _simulate(intake, total, (ask, chat), settings, sampling, recorder, line, given), advice
         )
         recorder.complete()
-    finally:
-        recorder.close()
-    line.finish(tally)
-    if rejects is not None and rejects.count:
-        click.echo(f"parrot: {rejects.count} rows were skipped, see {rejects.path}", err=True)
+        line.finish(tally)
+    options.close_rejects(intake.rejects)
 
 
 async def _simulate(

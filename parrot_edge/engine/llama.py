@@ -49,6 +49,9 @@ _SETTLE_ROUNDS = 8
 """Rounds of the event loop between two steps: a reply wakes its session, which wakes its dialogue,
 which may end, free its place and let the next one ask. Each takes a round or two."""
 
+_PATIENCE = 3
+"""How many times busier another context must be to be turned to."""
+
 _LIKE_LENGTH = 0.75
 """Prompts share a decode when the shortest is at least this part of the longest: llama.cpp gives
 all sequences of one step the same number of tokens, and the rest goes into further, smaller steps."""
@@ -168,12 +171,12 @@ class Scheduler:
             await _let_others_run()
 
     def _choose(self) -> LlamaEngine | None:
-        """Stay with a context while it keeps at least half as many busy as any other: a switch
-        costs nothing, but a thin batch does."""
+        """Stay with a context while it keeps at least a third as many busy as the busiest: a switch
+        costs nothing, but a thin batch does, and a batch that is left fills up meanwhile."""
         busiest = max(self._engines, key=lambda engine: engine.busy, default=None)
         if busiest is None or busiest.busy == 0:
             return None
-        if self._current is None or 2 * self._current.busy < busiest.busy:
+        if self._current is None or _PATIENCE * self._current.busy < busiest.busy:
             self._current = busiest
         return self._current
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from parrot_edge.engine.native import Context, ContextShape, Model
 
 _PROMPT = 64  # tokens; about what one side says to the other
-_DEPTH = 128  # tokens that each sequence holds while decoding is timed
+_STEPS = 4  # decode steps that are timed at least
 
 
 @dataclass(frozen=True)
@@ -26,43 +26,32 @@ class Rates:
 
 
 def measure_rates(path: Path, *, sequences: int, threads: int, seconds: float = 1.0) -> Rates:
-    """Time decoding at `sequences` at once and reading prompts, about `seconds` each.
+    """Time reading a short prompt for each sequence, then decoding them all for about `seconds`.
 
-    The best step counts: other work on the machine can only slow one down.
+    The best call counts: other work on the machine can only slow one down.
     """
-    with Model(path) as model, Context(model, ContextShape(sequences, 512, threads)) as context:
-        return Rates(_decode_rate(context, seconds), _prompt_rate(context, seconds))
+    with Model(path) as model, Context(model, ContextShape(sequences, 4 * _PROMPT, threads)) as context:
+        context.decode([(0, 0, _tokens(model, _PROMPT), False)])  # the first call also pages the weights in
+        context.forget(0)
+        width = max(1, min(sequences, context.shape.batch // _PROMPT))
+        groups = [range(start, min(start + width, sequences)) for start in range(0, sequences, width)]
+        prompt = max(_time(context, group, 0, _tokens(model, _PROMPT)) for group in groups)
+        decode, position, deadline = 0.0, _PROMPT, time.monotonic() + seconds
+        while position < context.shape.tokens and (
+            position < _PROMPT + _STEPS or time.monotonic() < deadline
+        ):
+            decode = max(decode, _time(context, range(sequences), position, _tokens(model, 1)))
+            position += 1
+        return Rates(decode, prompt)
 
 
-def _decode_rate(context: Context, seconds: float) -> float:
-    sequences = range(context.shape.sequences)
-    for sequence in sequences:
-        context.decode([(sequence, 0, _tokens(context, _DEPTH, sequence), False)])
-    best, position, deadline = 0.0, _DEPTH, time.monotonic() + seconds
-    while position < context.shape.tokens and (position < _DEPTH + 4 or time.monotonic() < deadline):
-        rows = [
-            (sequence, position, _tokens(context, 1, sequence + position), True) for sequence in sequences
-        ]
-        start = time.perf_counter()
-        context.decode(rows)
-        best = max(best, len(rows) / (time.perf_counter() - start))
-        position += 1
-    return best
+def _time(context: Context, sequences: range, position: int, tokens: list[int]) -> float:
+    """Tokens per second of one decode of the same tokens in each sequence."""
+    rows = [(sequence, position, tokens, True) for sequence in sequences]
+    start = time.perf_counter()
+    context.decode(rows)
+    return len(rows) * len(tokens) / (time.perf_counter() - start)
 
 
-def _prompt_rate(context: Context, seconds: float) -> float:
-    count = max(1, min(context.shape.sequences, context.shape.batch // _PROMPT))
-    best, passes, deadline = 0.0, 0, time.monotonic() + seconds
-    while passes < 2 or time.monotonic() < deadline:
-        for sequence in range(count):
-            context.forget(sequence)
-        rows = [(s, 0, _tokens(context, _PROMPT, s), True) for s in range(count)]
-        start = time.perf_counter()
-        context.decode(rows)
-        best = max(best, count * _PROMPT / (time.perf_counter() - start))
-        passes += 1
-    return best
-
-
-def _tokens(context: Context, count: int, offset: int) -> list[int]:
-    return [(7919 * (offset + i) + 100) % context.model.vocab_size for i in range(count)]
+def _tokens(model: Model, count: int) -> list[int]:
+    return [(7919 * i + 100) % model.vocab_size for i in range(count)]

@@ -1,4 +1,4 @@
-"""Seeds that come with parrot_edge: about 200 varied openings."""
+"""The seeds that come with the package."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ from pathlib import Path
 
 
 def builtin_path() -> Path:
-    """The file of the built-in seeds."""
+    """The JSONL file of varied openings and topics that `--seeds builtin` stands for."""
     return Path(__file__).with_name("builtin.jsonl")

@@ -1,0 +1,71 @@
+"""A user's folders, and the few things that are done with files in them."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from parrot_edge.errors import ModelError
+
+
+def cache_dir() -> Path:
+    """What can be made again: `$PARROT_HOME/cache`, else a folder in the XDG cache directory."""
+    return _user_dir("cache", "XDG_CACHE_HOME", ".cache")
+
+
+def config_dir() -> Path:
+    """What the user has set: `$PARROT_HOME/config`, else a folder in the XDG config directory."""
+    return _user_dir("config", "XDG_CONFIG_HOME", ".config")
+
+
+@contextlib.contextmanager
+def lock(path: Path) -> Iterator[None]:
+    """Hold a lock between processes; it ends with the process, whatever happens to that."""
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def sha256_of(path: Path) -> str:
+    """A file's SHA-256, as hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def record_of(path: Path) -> Path:
+    """The JSON beside a file that tells where it came from."""
+    return path.with_name(path.name + ".json")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object that was written here; {} where it is missing or damaged, as it can be made again."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def write_json(path: Path, value: object) -> None:
+    """Replace a file by a JSON value, whole or not at all; raises `OSError`."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _user_dir(kind: str, variable: str, fallback: str) -> Path:
+    if home := os.environ.get("PARROT_HOME"):
+        return Path(home).expanduser().absolute() / kind
+    xdg = os.environ.get(variable, "")
+    if os.path.isabs(xdg):  # others are to be ignored, says the specification
+        return Path(xdg) / "parrot_edge"
+    try:
+        return Path.home() / fallback / "parrot_edge"
+    except RuntimeError:
+        raise ModelError("this user has no home directory; set PARROT_HOME to a folder of yours") from None

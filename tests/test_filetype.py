@@ -1,0 +1,217 @@
+"""How a file type is chosen for the embedded model, and what `parrot doctor` says of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from parrot_edge import filetype
+from parrot_edge.cli.doctor import EXTRAS, doctor
+from parrot_edge.engine import native, rates
+from parrot_edge.errors import ModelError
+from parrot_edge.filetype import Choice, choose_file
+from parrot_edge.models import LocalModel, embedded_path
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    home = tmp_path / "home"
+    monkeypatch.setenv("PARROT_HOME", str(home))
+    return home
+
+
+class Bench:
+    """Stands in for llama.cpp: `speeds` by type; remembers what was derived and timed."""
+
+    def __init__(self) -> None:
+        self.speeds = {"Q4_1": 100.0, "Q8_0": 200.0, "F16": 150.0}
+        self.derived: list[str] = []
+        self.timed: list[tuple[str, int, int]] = []
+
+    def quantize(self, source: Path, target: Path, type_name: str, threads: int) -> None:
+        self.derived.append(type_name)
+        target.write_bytes(b"GGUF " + type_name.encode())
+
+    def measure(self, path: Path, *, sequences: int, threads: int, seconds: float) -> rates.Rates:
+        type_name = path.stem.replace(".", "-").rsplit("-", 1)[-1]
+        self.timed.append((type_name, sequences, threads))
+        return rates.Rates(decode=self.speeds[type_name], prompt=2 * self.speeds[type_name])
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Bench:
+    bench = Bench()
+    shipped = tmp_path / "shipped.Q4_1.gguf"
+    shipped.write_bytes(b"GGUF shipped")
+    monkeypatch.setattr(models, "embedded_path", lambda: shipped)
+    monkeypatch.setattr(native, "quantize", bench.quantize)
+    monkeypatch.setattr(rates, "measure_rates", bench.measure)
+    monkeypatch.setattr("os.getloadavg", lambda: (0.0, 0.0, 0.0))
+    return bench
+
+
+def choose(sequences: int = 16, *, again: bool = False) -> Choice:
+    model = parse_model("chat")
+    assert isinstance(model, LocalModel)
+    return choose_file(model, sequences=sequences, threads=2, again=again)
+
+
+def test_fastest_faithful_type_is_chosen_and_says_why(bench: Bench, home: Path) -> None:
+    choice = choose()
+    assert choice.type == "Q8_0"
+    assert choice.path.parent == home / "cache" / "derived"
+    assert choice.path.read_bytes() == b"GGUF Q8_0"
+    assert choice.reason.startswith(
+        "133 tokens/s of dialogue against 67 (Q4_1) and 100 (F16), with 2 threads"
+    )
+    record = json.loads(choice.path.with_name(choice.path.name + ".json").read_text())
+    assert record["sha256"] == hashlib.sha256(b"GGUF Q8_0").hexdigest()
+
+
+def test_choice_is_made_once_for_about_so_many_sequences(bench: Bench) -> None:
+    first = choose(16)
+    assert choose(13) == first
+    assert len(bench.timed) == 3
+    choose(1)
+    assert [row[1] for row in bench.timed] == [4, 4, 4, 1, 1, 1]
+    assert bench.derived == ["Q8_0", "F16"]
+
+
+def test_choice_is_made_again_on_demand(bench: Bench) -> None:
+    choose()
+    bench.speeds["F16"] = 300.0
+    assert choose().type == "Q8_0"
+    assert choose(again=True).type == choose().type == "F16"
+
+
+@pytest.mark.parametrize(("speed", "chosen"), [(102.0, "Q4_1"), (110.0, "Q8_0")])
+def test_near_a_tie_the_shipped_file_wins(bench: Bench, speed: float, chosen: str) -> None:
+    bench.speeds.update(Q8_0=speed, F16=speed)
+    assert choose().type == chosen
+
+
+@pytest.mark.parametrize(("speed", "chosen"), [(215.0, "Q8_0"), (300.0, "F16")])
+def test_choice_of_a_busy_machine_is_reviewed_once_on_a_quiet_one(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, speed: float, chosen: str
+) -> None:
+    monkeypatch.setattr("os.getloadavg", lambda: (10_000.0, 0.0, 0.0))
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1})
+    assert choose() == choose()
+    assert len(bench.timed) == 3
+    monkeypatch.setattr("os.getloadavg", lambda: (0.0, 0.0, 0.0))
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    bench.speeds["F16"] = speed
+    assert [choose().type, choose().type] == [chosen, chosen]
+    assert len(bench.timed) == 6
+
+
+def test_truncated_derived_file_is_made_again(bench: Bench) -> None:
+    choice = choose()
+    choice.path.write_bytes(b"GG")
+    assert choose() == choice
+    assert choice.path.read_bytes() == b"GGUF Q8_0"
+    assert bench.derived == ["Q8_0", "F16", "Q8_0"]
+
+
+def test_killed_derivation_leaves_no_file_to_trust(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def die(source: Path, target: Path, type_name: str, threads: int) -> None:
+        target.write_bytes(b"GG")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(native, "quantize", die)
+        with pytest.raises(KeyboardInterrupt):
+            choose()
+    assert choose().path.read_bytes() == b"GGUF Q8_0"
+
+
+def test_shipped_file_serves_where_the_cache_cannot_be_written(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("PARROT_HOME", str(tmp_path / "file"))
+    choice = choose()
+    assert (choice.path, choice.type) == (models.embedded_path(), "Q4_1")
+    assert "cannot be written" in choice.reason
+    assert bench.timed == []
+
+
+def test_full_disk_leaves_out_what_cannot_be_derived(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(source: Path, target: Path, type_name: str, threads: int) -> None:
+        if type_name == "F16":
+            raise ModelError("no space")
+        bench.quantize(source, target, type_name, threads)
+
+    monkeypatch.setattr(native, "quantize", fail)
+    choice = choose()
+    assert choice.type == "Q8_0"
+    assert "F16 was left out: no space" in choice.reason
+    bench.speeds["Q8_0"] = 1.0
+    assert choose() == choice
+
+
+def test_choice_that_cannot_be_kept_is_still_used(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = models._write_json
+
+    def refuse(path: Path, value: object) -> None:
+        if path.name == "choices.json":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, value)
+
+    monkeypatch.setattr(models, "_write_json", refuse)
+    assert choose().type == "Q8_0"
+
+
+def test_choice_of_an_unknown_version_is_made_anew(bench: Bench, home: Path) -> None:
+    choice = choose()
+    path = home / "cache" / "derived" / "choices.json"
+    saved = json.loads(path.read_text())
+    path.write_text(json.dumps({key: {"quiet": True, "type": "Q8_0"} for key in saved}))
+    assert choose() == choice
+    path.write_text("[]")
+    assert choose() == choice
+
+
+def test_named_file_is_taken_as_it_is(bench: Bench, base: Path) -> None:
+    choice = choose_file(LocalModel("base.gguf", base), sequences=16)
+    assert choice.path == base
+    assert bench.timed == []
+
+
+def test_derived_q8_0_is_a_model_that_llama_cpp_reads(tmp_path: Path) -> None:
+    target = tmp_path / "model-Q8_0.gguf"
+    native.quantize(models.embedded_path(), target, "Q8_0", 1)
+    metadata = native.read_metadata(target)
+    assert metadata["general.file_type"] == "7"
+    assert (
+        metadata["general.architecture"]
+        == native.read_metadata(models.embedded_path())["general.architecture"]
+    )
+
+
+def test_doctor_reports_every_choice_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("parrot_edge.cli.doctor.choose_file", shipped)
+    result = CliRunner().invoke(doctor, ["--json", "--parallel", "3"])
+    report = json.loads(result.stdout)
+    assert report["threads"]["count"] >= 1
+    assert report["sequences"]["count"] == 3
+    assert report["file"]["type"] == "Q4_1"
+    assert all(report[key]["reason"] for key in ("threads", "sequences", "file"))
+    lines = CliRunner().invoke(doctor, []).stdout.splitlines()
+    starts = [line.split()[0] for line in lines]
+    assert {"threads", "file", "dialogues", "cache", "config", "[train]"} <= set(starts)
+
+
+def shipped(model: LocalModel, **options: object) -> Choice:
+    return Choice(model.path, "Q4_1", "shipped")
+
+
+def test_doctor_knows_every_extra_of_the_project() -> None:
+    pyproject = (Path(__file__).parent.parent / "pyproject.toml").read_text()
+    section = pyproject.split("[project.optional-dependencies]")[1].split("\n[")[0]
+    names = {line.split(" = ")[0] for line in section.splitlines() if " = [" in line}
+    assert names - {"dev"} == set(EXTRAS)

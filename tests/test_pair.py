@@ -1,0 +1,99 @@
+"""Two engines for two sides: what is shared, what is planned, what is refused."""
+
+import asyncio
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from parrot_edge import pair
+from parrot_edge.errors import ModelError, UsageError
+from parrot_edge.machine import Machine
+from parrot_edge.models import LocalModel
+from parrot_edge.pair import Load, open_pair, plan_contexts
+
+
+@pytest.fixture
+def model(embedded_model):
+    return LocalModel("smollm2", embedded_model)
+
+
+def with_memory(monkeypatch, available):
+    machine = Machine("", 2, 2, 2, available, available, 0.0)
+    monkeypatch.setattr(pair, "inspect_machine", lambda: machine)
+
+
+def opened(ask, chat, load):
+    async def look():
+        async with open_pair(ask, chat, load) as (one, other):
+            return one, other, one.context.model is other.context.model
+
+    return asyncio.run(look())
+
+
+def test_two_sides_of_one_model_share_an_engine(model):
+    one, other, _ = opened(model, model, Load(2, 2, 16, threads=1))
+    assert one is other
+
+
+def test_two_files_get_an_engine_each(model, tmp_path):
+    copy = tmp_path / "copy.gguf"
+    shutil.copy(model.path, copy)
+    one, other, same_base = opened(model, LocalModel("copy", copy), Load(2, 2, 16, threads=1))
+    assert one is not other
+    assert not same_base
+
+
+def test_a_pair_that_does_not_fit_names_the_largest_parallel_that_does(model, monkeypatch):
+    with_memory(monkeypatch, 400 * 2**20)
+    load = Load(64, 8, 256)
+    with pytest.raises(
+        ModelError, match=r"--parallel 64 needs .*; the largest --parallel that fits is \d+"
+    ) as caught:
+        plan_contexts([model], load, {model: 64})
+    fitting = int(str(caught.value).rsplit(" ", 1)[1])
+    assert 1 <= fitting < 64
+    assert plan_contexts([model], Load(fitting, 8, 256), {model: fitting})
+
+
+def test_nothing_fits_into_too_little_memory(model, monkeypatch):
+    with_memory(monkeypatch, 50 * 2**20)
+    with pytest.raises(ModelError, match="not even one dialogue fits"):
+        plan_contexts([model], Load(4, 8, 256), {model: 4})
+
+
+def test_more_turns_than_the_context_can_hold_are_refused(model):
+    with pytest.raises(UsageError, match="--turns 4000 cannot fit 8192 tokens"):
+        plan_contexts([model], Load(1, 4000, 16), {model: 1})
+
+
+def test_a_longer_context_than_was_trained_is_refused(model):
+    with pytest.raises(UsageError, match="8192 tokens"):
+        plan_contexts([model], Load(1, 2, 16, context=9000), {model: 1})
+
+
+def test_a_pair_takes_little_more_than_weights_and_caches(model):
+    """Resident memory of a fresh process with two contexts over one base: the issue's bound is 1.2 x."""
+    script = """
+import sys
+from pathlib import Path
+from parrot_edge.engine.llama import LlamaEngine, Scheduler
+from parrot_edge.engine.native import Context, ContextShape, Model
+
+def resident():
+    return int(next(l for l in open("/proc/self/status") if l.startswith("VmRSS")).split()[1]) * 1024
+
+before = resident()
+base, shape = Model(Path(sys.argv[1])), ContextShape(16, 2048, 1)
+contexts = [Context(base, shape) for _ in range(2)]
+for context in contexts:
+    for sequence in range(16):
+        context.decode([(sequence, 0, [100 + i for i in range(64)], True)])
+caches = 2 * 16 * 2048 * base.kv_bytes_per_token
+print((resident() - before) / (Path(sys.argv[1]).stat().st_size + caches))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(model.path)], capture_output=True, text=True, check=True
+    )
+    assert float(done.stdout) <= 1.2
