@@ -6,52 +6,36 @@ file says other things, so a choice stands until it is asked for anew.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from parrot_edge.errors import ModelError
 from parrot_edge.machine import choose_threads, format_bytes, inspect_machine, plural
 from parrot_edge.models import LocalModel, embedded_path
-from parrot_edge.store import cache_dir, lock, read_json, record_of, sha256_of, write_json
+from parrot_edge.store import cache_dir, lock, read_json, sha256_of, write_json
 
 FAITHFUL_TYPES = ("Q8_0", "F16")
 """Encodings that are tried beside the shipped one, which is smaller: they differ from it by a KL
 divergence of 0.005 and 0.003 nats a token. Q4_0 is faster still on some machines, but at 0.32 nats
 and 24 % more perplexity it is another model."""
 
-_MOST_TIMED = 16  # sequences; the order of the types stays the same with more
+_MOST_TIMED = 8  # sequences; the order of the types stays the same with more
 _TIE = 0.97  # of the best speed; a smaller file that reaches it is taken
 
 
 @dataclass(frozen=True)
-class Measured:
-    """Tokens a second of a file type on this machine.
-
-    decode    written
-    prompt    read
-    exchange  of dialogue, where each token is written once and read once by the other side
-    """
-
-    type: str
-    decode: float
-    prompt: float
-    exchange: float
-
-
-@dataclass(frozen=True)
 class Choice:
-    """A file to load, its type ("" where the name does not tell), why, and what was measured for it."""
+    """A file to load, its type ("" where the name does not tell), and why."""
 
     path: Path
     type: str
     reason: str
-    measured: tuple[Measured, ...] = ()
 
 
 def choose_file(
@@ -66,20 +50,20 @@ def choose_file(
 
     A model that the user named is taken as it is. Of the embedded one the `FAITHFUL_TYPES` are
     derived and timed beside the shipped file, once for a machine and about so many `sequences`
-    (some seconds, announced through `say`); the choice is kept, and made `again` on demand only.
-    Without a writable cache the shipped file serves.
+    (some seconds, announced through `say`); the choice is kept, and made
+    `again` on demand only. Without a writable cache the shipped file serves.
     """
-    source = model.path
-    if source != embedded_path():
-        return Choice(source, _type_of(source), "the file that was named is taken as it is")
+    source = Choice(model.path, _type_of(model.path), "the file that was named is taken as it is")
+    if model.path != embedded_path():
+        return source
     folder = cache_dir() / "derived"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with lock(folder / ".lock"):  # two processes that measure at once would both measure wrongly
-            return _choose_embedded(source, folder, sequences, threads, again, say)
+            return _choose_embedded(model.path, folder, sequences, threads, again, say)
     except OSError as error:
-        reason = f"the cache {folder} cannot be written ({error.strerror}), so the shipped file serves"
-        return Choice(source, _type_of(source), reason)
+        why = f"the cache {folder} cannot be written ({error.strerror}), so the shipped file serves"
+        return replace(source, reason=why)
 
 
 def _choose_embedded(
@@ -90,72 +74,65 @@ def _choose_embedded(
 
     sequences = min(_MOST_TIMED, 1 << (sequences - 1).bit_length())  # a power of two
     origin = f"{sha256_of(source)[:12]}-{native.llama_version()}"
-    files = {_type_of(source): source}
-    for type_name in FAITHFUL_TYPES:
-        files.setdefault(type_name, folder / f"{source.stem}-{origin}-{type_name}.gguf")
+    files = {name: folder / f"{source.stem}-{origin}-{name}.gguf" for name in FAITHFUL_TYPES}
+    files = {_type_of(source): source, **files}  # smallest first
     features = hashlib.sha256(native.system_info().encode()).hexdigest()[:12]
     key = f"{origin}, CPU {features}, {inspect_machine().cores} cores, {sequences} sequences"
     kept = read_json(folder / "choices.json")
-    choice = None if again else _recall(kept.get(key), source, files)
-    if choice is None:
-        say(f"choosing the fastest file type for this machine, once (into {folder})")
-        choice = _compare(source, files, sequences, threads or choose_threads().count)
-        write_json(folder / "choices.json", {**kept, key: {**asdict(choice), "path": choice.path.name}})
+    if not again:
+        # There may be none, its file may be impossible to make again, or another version wrote it.
+        with contextlib.suppress(KeyError, ModelError, TypeError):
+            choice = Choice(files[kept[key]["type"]], **kept[key])
+            _derive(source, choice.path)
+            return choice
+    say(f"choosing the fastest file type for this machine, once (into {folder})")
+    choice = _compare(source, files, sequences, threads or choose_threads().count)
+    kept[key] = {"type": choice.type, "reason": choice.reason}
+    write_json(folder / "choices.json", kept)
     return choice
-
-
-def _recall(kept: Any, source: Path, files: dict[str, Path]) -> Choice | None:
-    """A choice that was kept; None where its file cannot be made again, or another version wrote it."""
-    try:
-        choice = Choice(**{**kept, "path": files[kept["type"]]})
-        _derive(source, choice.path)
-        return replace(choice, measured=tuple(Measured(**row) for row in kept["measured"]))
-    except (ModelError, KeyError, TypeError):
-        return None
 
 
 def _compare(source: Path, files: dict[str, Path], sequences: int, threads: int) -> Choice:
     """Derive and time each file; the first, and smallest, of those as fast as the best is chosen."""
-    rows, left_out = [], []
-    for type_name, path in files.items():
+    speeds, left_out = {}, []
+    for name, path in files.items():
         try:
             _derive(source, path)
-            rows.append(_measure(type_name, path, sequences, threads))
+            speeds[name] = _measure(path, sequences, threads)
         except ModelError as error:
-            left_out.append(f"{type_name} was left out: {error}")
-    if not rows:
+            left_out.append(f"{name} was left out: {error}")
+    if not speeds:
         return Choice(source, _type_of(source), "; ".join(left_out))
-    best = max(row.exchange for row in rows)
-    winner = next(row for row in rows if row.exchange >= _TIE * best)
-    others = " and ".join(f"{row.exchange:.0f} ({row.type})" for row in rows if row is not winner)
-    reason = f"{winner.exchange:.0f} tokens/s of dialogue" + (f" against {others}" if others else "")
+    best = next(name for name, speed in speeds.items() if speed >= _TIE * max(speeds.values()))
+    others = " and ".join(f"{speed:.0f} ({name})" for name, speed in speeds.items() if name != best)
+    reason = f"{speeds[best]:.0f} tokens/s of dialogue" + (f" against {others}" if others else "")
     reason += f", with {plural(threads, 'thread')} and {plural(sequences, 'sequence')}"
-    return Choice(files[winner.type], winner.type, "; ".join([reason, *left_out]), tuple(rows))
+    return Choice(files[best], best, "; ".join([reason, *left_out]))
 
 
-def _measure(type_name: str, path: Path, sequences: int, threads: int) -> Measured:
+def _measure(path: Path, sequences: int, threads: int) -> float:
+    """Tokens a second of dialogue: each is written once, and read once by the other side."""
     from parrot_edge.engine.rates import measure_rates
 
     size, available = path.stat().st_size, inspect_machine().memory_available
     if size > available:
         raise ModelError(f"it takes {format_bytes(size)} of memory, and {format_bytes(available)} is free")
-    rates = measure_rates(path, sequences=sequences, threads=threads, seconds=0.5)
-    return Measured(type_name, rates.decode, rates.prompt, rates.exchange)
+    return measure_rates(path, sequences=sequences, threads=threads, seconds=0.5).exchange
 
 
 def _derive(source: Path, target: Path) -> None:
     """Make `target`, of the type its name ends in, unless it is there; raises `ModelError` or `OSError`."""
     from parrot_edge.engine import native
 
-    record = read_json(record_of(target))
-    if target == source or (target.is_file() and record.get("bytes") == target.stat().st_size):
+    if target.is_file():
         return
     if shutil.disk_usage(target.parent).free < 4 * source.stat().st_size:
         raise ModelError(f"{target.parent} has not enough free space")
     partial = target.with_name(target.name + ".partial")
     try:
         native.quantize(source, partial, _type_of(target), inspect_machine().cores)
-        write_json(record_of(target), {"source": source.name, "bytes": partial.stat().st_size})
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())  # whole, or not there, after a power cut as well
         os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import sys
@@ -12,18 +11,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from parrot_edge.errors import ModelError, UsageError
-from parrot_edge.store import cache_dir, lock, read_json, record_of, sha256_of, write_json
-
-_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+from parrot_edge.store import cache_dir, lock, sha256_of
 
 
 @dataclass(frozen=True)
 class HubFile:
     """A file of a repository on the hub.
 
-    Downloads lie in huggingface_hub's own cache, shared with other programs; at `path` is a link to
-    one, and beside it a JSON with its commit, size and SHA-256. The link stays, whatever becomes of
-    the branch, until the file is pulled again. A file placed at `path` by hand is taken as it is.
+    Downloads lie in huggingface_hub's own cache, shared with other programs; `path` is a link to one
+    commit's. It stays, whatever becomes of the branch, until the file is pulled again. A file placed
+    at `path` by hand is taken as it is.
     """
 
     repo: str
@@ -65,24 +62,21 @@ class HubFile:
 
     @property
     def commit(self) -> str | None:
-        """The commit that the file is of, where that is known."""
-        return read_json(record_of(self.path)).get("commit")
+        """The commit that the file is of; None for one that was placed by hand."""
+        target = os.readlink(self.path) if self.path.is_symlink() else ""
+        match = re.search(r"/snapshots/([0-9a-f]{40})/", target)
+        return match and match[1]
 
     def locate(self, *, download: bool, refresh: bool) -> Path:
         """The file's path; with `refresh`, of the newest commit.
 
-        Raises `ModelError` where it has been cut short, or is not here and cannot be had.
+        Raises `ModelError` where it is not here and cannot be had.
         """
         for part in self._shards():
             if refresh or not os.path.isfile(part.path):
                 if not download:
                     raise ModelError(f"{part} is not here yet; `parrot models pull {self}` downloads it")
                 part._pull(refresh)
-            size = part.path.stat().st_size
-            if read_json(record_of(part.path)).get("bytes", size) != size:
-                raise ModelError(
-                    f"{part.path} has changed since it came; `parrot models pull {self}` mends it"
-                )
         return self.path
 
     def _shards(self) -> list[HubFile]:
@@ -95,30 +89,24 @@ class HubFile:
 
     def _pull(self, refresh: bool) -> None:
         """Let a link to a whole copy appear at `path`."""
+        folder = self.path.parent
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with lock(self.path.parent / ".lock"):
-                if refresh or not os.path.isfile(self.path):  # else another process brought it meanwhile
-                    self._adopt(self._copies(refresh))
+            folder.mkdir(parents=True, exist_ok=True)
+            with lock(folder / ".lock"):
+                if not refresh and os.path.isfile(self.path):
+                    return  # another process brought it meanwhile
+                for copy in self._copies(refresh):
+                    if _is_whole(copy):
+                        break
+                else:
+                    raise ModelError(f"{self} arrived damaged: its SHA-256 is not the hub's; try again later")
+                link = folder / ".link"
+                link.unlink(missing_ok=True)
+                link.symlink_to(copy.absolute())
+                os.replace(link, self.path)
         except OSError as error:
-            raise ModelError(f"{self} cannot be stored: {error.strerror or error}") from None
-
-    def _adopt(self, copies: Iterator[Path]) -> None:
-        """Link to the first copy whose hash is the hub's."""
-        for copy in copies:
-            blob = copy.readlink().name if copy.is_symlink() else ""  # of a large file, its SHA-256
-            sha256 = sha256_of(copy)
-            if re.fullmatch(r"[0-9a-f]{64}", blob) and blob != sha256:
-                continue
-            commit = copy.parents[self.file.count("/")].name
-            record = {"source": str(self), "commit": commit, "sha256": sha256, "bytes": copy.stat().st_size}
-            link = self.path.with_name(".link")
-            link.unlink(missing_ok=True)
-            link.symlink_to(copy)
-            write_json(record_of(self.path), record)
-            os.replace(link, self.path)
-            return
-        raise ModelError(f"{self} arrived damaged: its SHA-256 is not the hub's; try again later")
+            place = error.filename or folder
+            raise ModelError(f"{self} cannot be stored ({place}: {error.strerror or error})") from None
 
     def _copies(self, refresh: bool) -> Iterator[Path]:
         """Copies in huggingface_hub's cache: what is there without a network, a download, a fresh one."""
@@ -147,21 +135,24 @@ class HubFile:
         from huggingface_hub import constants
         from huggingface_hub import errors as hub
 
-        if isinstance(error, OSError) and error.errno in _CANNOT_WRITE:
-            return error
-        if isinstance(error, hub.GatedRepoError):
-            return ModelError(f"{self.repo} is gated; accept its terms on the hub and set HF_TOKEN")
-        if isinstance(error, hub.RepositoryNotFoundError):
-            return ModelError(
-                f"the hub has no repository {self.repo}, or it is private and HF_TOKEN is not set"
-            )
-        if isinstance(error, hub.RevisionNotFoundError):
-            return ModelError(f"{self.repo} has no revision {self.revision!r}; name a branch, tag or commit")
-        if isinstance(error, hub.EntryNotFoundError) and not isinstance(error, hub.LocalEntryNotFoundError):
-            return ModelError(
-                f"{self.repo} has no file {self.file} at {self.revision!r}; check the name on the hub"
-            )
+        if isinstance(error, OSError) and error.errno:
+            return error  # of the disk; those of the HTTP library have no number
+        if not isinstance(error, hub.LocalEntryNotFoundError):
+            for kind, reason in (
+                (hub.GatedRepoError, "is gated; accept its terms on the hub and set HF_TOKEN"),
+                (hub.RepositoryNotFoundError, "is not on the hub, or is private and HF_TOKEN is not set"),
+                (hub.RevisionNotFoundError, f"has no revision {self.revision!r}; name another"),
+                (hub.EntryNotFoundError, f"has no file {self.file} at {self.revision!r}; check its name"),
+            ):
+                if isinstance(error, kind):
+                    return ModelError(f"{self.repo} {reason}")
         why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else type(error).__name__
         return ModelError(
             f"{self} cannot be downloaded ({why}); run again with a network, or place the file at {self.path}"
         )
+
+
+def _is_whole(copy: Path) -> bool:
+    """Whether a file in huggingface_hub's cache has the hash that the hub told."""
+    blob = copy.readlink().name if copy.is_symlink() else ""  # of a large file, its SHA-256
+    return not re.fullmatch(r"[0-9a-f]{64}", blob) or blob == sha256_of(copy)

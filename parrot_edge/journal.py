@@ -10,7 +10,6 @@ It knows the shape of its own lines and the ids in OUT; what a run is, it does n
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -108,9 +107,7 @@ class Journal:
     def _start_journal(self, header: dict[str, Any]) -> None:
         """Begin the journal anew with only what is under way, in place of the old one at once."""
         draft = self.journal_path.with_name(self.journal_path.name + ".new")
-        with contextlib.suppress(FileNotFoundError):
-            draft.unlink()
-        self._journal = Appender(draft)
+        self._journal = Appender(draft, truncate=True)
         lines = [encode(header)]
         for identity, progress in self.under_way.items():
             for index, message in enumerate(progress.messages):

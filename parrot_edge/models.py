@@ -113,18 +113,15 @@ def list_models() -> list[Entry]:
 def add_model(name: str, target: str) -> None:
     """Let `name` stand for a MODEL from now on; `ask` and `chat` replace the defaults.
 
-    Relative paths are made absolute. Raises `UsageError` for a name that cannot be one or would
-    stand for itself, and `ModelError` for a file that does not exist.
+    Relative paths are made absolute, and other names replaced by what they stand for now. Raises
+    `UsageError` for a name that cannot be one, and `ModelError` for a file that does not exist.
     """
     if not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", name) or name.endswith(".gguf"):
         raise UsageError(f"{name!r} cannot be a short name; use a-z, 0-9, '-', '_' and '.'")
     if name == EMBEDDED:
         raise UsageError(f"{name!r} is the embedded model's name; choose another")
-    own, names = _own_names(), _names()
-    parts = [_absolute(part, names) for part in _split_adapter(target, names) if part is not None]
-    own[name] = "+".join(parts)
-    _expand(name, {**names, **own})  # raises where the name leads back to itself
-    _write_own_names(own)
+    parts = [_absolute(part) for part in _expand(target, _names()) if part is not None]
+    _write_own_names({**_own_names(), name: "+".join(parts)})
 
 
 def remove_model(name: str) -> None:
@@ -147,14 +144,10 @@ def embedded_path() -> Path:
     )
 
 
-def _expand(text: str, names: dict[str, str], seen: frozenset[str] = frozenset()) -> tuple[str, str | None]:
-    """Base and adapter of a MODEL, short names replaced by what they stand for."""
+def _expand(text: str, names: dict[str, str]) -> tuple[str, str | None]:
+    """Base and adapter of a MODEL, a short name replaced by what it stands for."""
     name, adapter = _split_adapter(text, names)
-    if name not in names:
-        return name, adapter
-    if name in seen:
-        raise UsageError(f"the short name {name!r} stands for itself; give it another target")
-    base, inner = _expand(names[name], names, seen | {name})
+    base, inner = _split_adapter(names.get(name, name), names)
     if adapter is not None and inner is not None:
         raise UsageError(f"{text}: {name} has an adapter already; name its base file instead")
     return base, adapter or inner
@@ -192,9 +185,9 @@ def _find_file(part: str, download: bool, refresh: bool) -> tuple[str, Path]:
     raise ModelError(f"no model is named {part!r}{nearest}; `parrot models` lists all")
 
 
-def _absolute(part: str, names: dict[str, str]) -> str:
+def _absolute(part: str) -> str:
     """A part of a MODEL that means the same in any directory; raises as `_find_file` does."""
-    if part in names or part == EMBEDDED:
+    if part == EMBEDDED:
         return part
     if _is_url(part):
         return _parse_url(part).target

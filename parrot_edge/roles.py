@@ -26,6 +26,11 @@ END_MARK = "[END]"
 """What a flipped Ask writes to end the dialogue; a native one leaves its message empty."""
 
 
+ROLE_KEY, SYSTEM_KEY = "parrot.role", "parrot.system"
+"""Metadata of a GGUF that was trained for a role: "ask" or "chat", and the system text it was trained
+with where that was a fixed one."""
+
+
 @dataclass(frozen=True)
 class AskPrompt:
     """How Ask is prompted.
@@ -54,7 +59,7 @@ FLIPPED = AskPrompt(
 
 @dataclass(frozen=True)
 class Speaker:
-    """One side of a dialogue: an engine, how it draws, and for Ask how it is prompted (None: as suits the engine)."""
+    """One side of a dialogue: an engine, how it draws, and how it is prompted as Ask (None: as suits it)."""
 
     engine: Engine
     max_tokens: int = 256
@@ -63,8 +68,14 @@ class Speaker:
 
     @property
     def ask_prompt(self) -> AskPrompt:
-        """How this engine is prompted as Ask."""
-        return self.prompt or (NATIVE if self.engine.writes_any_role else FLIPPED)
+        """How this engine is prompted as Ask: as it was trained, if its file says so."""
+        if self.prompt is not None:
+            return self.prompt
+        if not self.engine.writes_any_role:
+            return FLIPPED
+        if self.engine.metadata.get(ROLE_KEY) == "ask":
+            return AskPrompt(native=True, system=self.engine.metadata.get(SYSTEM_KEY))
+        return NATIVE
 
 
 @dataclass(frozen=True)

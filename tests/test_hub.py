@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +18,6 @@ from huggingface_hub import file_download
 
 from parrot_edge.cli.models import models as models_command
 from parrot_edge.errors import ModelError
-from parrot_edge.hub import HubFile
 from parrot_edge.models import LocalModel, parse_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -97,32 +95,37 @@ def test_hub_file_is_downloaded_once_and_pinned_to_its_commit(hub: Hub, home: Pa
     path = home / "cache/hub/owner/repo@main/model.gguf"
     assert model == LocalModel(f"hf:owner/repo/model.gguf@{COMMIT}", path)
     assert path.read_bytes() == hub.files["model.gguf"]
-    record = json.loads(path.with_name("model.gguf.json").read_text())
-    assert record["commit"] == COMMIT
-    assert record["sha256"] == hashlib.sha256(hub.files["model.gguf"]).hexdigest()
     assert f"GET /owner/repo/resolve/{COMMIT}/model.gguf" in hub.requests
     hub.requests.clear()
     hub.files["model.gguf"] = b"GGUF another"
     assert parse_model("hf:owner/repo/model.gguf") == model
     assert hub.requests == []
-    assert not (path.parent / ".partial").exists()
 
 
-def test_pull_takes_the_newest_commit(hub: Hub) -> None:
+def test_pull_takes_the_newest_commit_and_prints_where_it_is(hub: Hub) -> None:
     parse_model("hf:owner/repo/model.gguf")
     hub.files["model.gguf"], hub.commit = b"GGUF another", "f" * 40
-    model = models.pull_model("hf:owner/repo/model.gguf")
-    assert isinstance(model, LocalModel)
-    assert model.name.endswith("@" + "f" * 40)
-    assert model.path.read_bytes() == b"GGUF another"
+    result = CliRunner().invoke(models_command, ["pull", "hf:owner/repo/model.gguf"])
+    path = Path(result.stdout.rstrip())
+    assert path.read_bytes() == b"GGUF another"
+    assert parse_model("hf:owner/repo/model.gguf") == LocalModel("hf:owner/repo/model.gguf@" + "f" * 40, path)
 
 
 def test_failed_pull_keeps_the_old_file(hub: Hub) -> None:
     before = parse_model("hf:owner/repo/model.gguf")
     hub.error = (404, "EntryNotFound")
     with pytest.raises(ModelError, match=r"no file model\.gguf"):
-        models.pull_model("hf:owner/repo/model.gguf")
+        parse_model("hf:owner/repo/model.gguf", refresh=True)
     assert parse_model("hf:owner/repo/model.gguf") == before
+
+
+def test_file_deleted_from_the_shared_cache_comes_back_at_its_commit(hub: Hub) -> None:
+    model = parse_model("hf:owner/repo/model.gguf")
+    assert isinstance(model, LocalModel)
+    model.path.resolve().unlink()
+    hub.requests.clear()
+    assert parse_model("hf:owner/repo/model.gguf") == model
+    assert hub.requests[0] == f"HEAD /owner/repo/resolve/{COMMIT}/model.gguf"
 
 
 def test_revision_is_asked_for_and_has_a_place_of_its_own(hub: Hub, home: Path) -> None:
@@ -157,30 +160,37 @@ def test_two_that_want_the_same_file_download_it_once(hub: Hub) -> None:
     assert sum(request.startswith("GET") for request in hub.requests) == 1
 
 
-def test_damaged_download_is_refused_and_leaves_nothing(hub: Hub, home: Path) -> None:
-    hub.etag = "0" * 64
+def test_damaged_download_is_refused(hub: Hub, home: Path) -> None:
+    whole = hub.files["model.gguf"]
+    hub.etag = hashlib.sha256(whole).hexdigest()
+    hub.files["model.gguf"] = whole.swapcase()
     with pytest.raises(ModelError, match="SHA-256"):
         parse_model("hf:owner/repo/model.gguf")
     assert not list(home.glob("**/*.gguf"))
-    hub.etag = None
+    hub.files["model.gguf"] = whole
     parse_model("hf:owner/repo/model.gguf")
 
 
-def test_file_cut_short_after_its_download_is_noticed(hub: Hub) -> None:
+def test_pull_mends_a_file_that_was_cut_short(hub: Hub) -> None:
     model = parse_model("hf:owner/repo/model.gguf")
     assert isinstance(model, LocalModel)
     model.path.write_bytes(b"GGUF")
-    with pytest.raises(ModelError, match="models pull"):
-        parse_model("hf:owner/repo/model.gguf")
-    models.pull_model("hf:owner/repo/model.gguf")
-    assert parse_model("hf:owner/repo/model.gguf") == model
+    assert parse_model("hf:owner/repo/model.gguf", refresh=True) == model
+    assert model.path.read_bytes() == hub.files["model.gguf"]
+
+
+def test_pull_of_a_file_that_is_whole_and_unchanged_downloads_nothing(hub: Hub) -> None:
+    parse_model("hf:owner/repo/model.gguf")
+    hub.requests.clear()
+    parse_model("hf:owner/repo/model.gguf", refresh=True)
+    assert {request.split()[0] for request in hub.requests} == {"HEAD"}
 
 
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
         ((404, "EntryNotFound"), "no file model.gguf"),
-        ((404, "RepoNotFound"), "no repository owner/repo"),
+        ((404, "RepoNotFound"), "owner/repo is not on the hub"),
         ((404, "RevisionNotFound"), "no revision 'main'"),
         ((403, "GatedRepo"), "is gated"),
     ],
@@ -236,10 +246,5 @@ def test_file_in_the_hub_cache_of_another_program_is_used_without_network(
 def test_unwritable_cache_is_named(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("PARROT_HOME", str(tmp_path / "file"))
-    with pytest.raises(ModelError, match="cannot be stored in"):
+    with pytest.raises(ModelError, match="cannot be stored"):
         parse_model("hf:owner/repo/model.gguf")
-
-
-def test_pull_command_prints_where_the_file_is(hub: Hub, home: Path) -> None:
-    result = CliRunner().invoke(models_command, ["pull", "hf:owner/repo/model.gguf"])
-    assert result.stdout == f"{home}/cache/hub/owner/repo@main/model.gguf\n"

@@ -107,7 +107,8 @@ def test_importing_the_command_line_is_cheap():
     script = (
         "import sys; from click.testing import CliRunner; from parrot_edge.cli import parrot;"
         "assert CliRunner().invoke(parrot, ['--help']).exit_code == 0;"
-        "print([m for m in ('llama_cpp', 'torch', 'openai', 'jinja2', 'numpy', 'transformers') if m in sys.modules])"
+        "heavy = ('llama_cpp', 'torch', 'openai', 'jinja2', 'numpy', 'transformers');"
+        "print([name for name in heavy if name in sys.modules])"
     )
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT

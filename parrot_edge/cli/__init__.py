@@ -19,10 +19,13 @@ VERBS = {
     "simulate": "Let Ask and Chat talk to each other, many dialogues at once.",
     "ask": "Add the user's next message to each dialogue.",
     "chat": "Add the assistant's next message to each dialogue; on a terminal, talk to it.",
-    "train": "Train an Ask or Chat adapter by a recipe.",
-    "recipes": "List, show, copy and check the training recipes.",
-    "models": "List, find, download and name models.",
-    "doctor": "Say what this machine has, and which settings suit it and why.",
+    "train": "Train an adapter that plays the user (Ask) or the assistant (Chat).",
+    "evaluate": "Measure how much Ask is like the people it plays.",
+    "recipes": "List, show, copy and check training recipes.",
+    "models": "List models, fetch them, and name them.",
+    "doctor": (
+        "Say what this machine has, which file type and how many threads and dialogues suit it, and why."
+    ),
     "bench": "Measure the engine against its limit and against other ways to run the same file.",
 }
 """Every verb and its line in `parrot --help`; the verb's own help begins with the same sentence."""
@@ -51,6 +54,7 @@ class _Verbs(click.Group):
 @click.group(
     cls=_Verbs,
     invoke_without_command=True,
+    subcommand_metavar="COMMAND [ARGS]...",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 @click.version_option(__version__, prog_name="parrot")
@@ -103,7 +107,7 @@ def _open_missing_streams() -> None:
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
             os.dup2(os.open(os.devnull, os.O_WRONLY if name == "stderr" else os.O_RDONLY), number)
-            setattr(sys, name, open(number, "w" if number else "r"))
+            setattr(sys, name, os.fdopen(number, "w" if number else "r"))
 
 
 def _drop_unwritable_output() -> None:

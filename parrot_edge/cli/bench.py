@@ -61,30 +61,35 @@ def bench(
     path = _file(model, parallel, threads)
     binary = ways.find_llama_server(server)
     limit = ways.measure_limit(path, shape)
-    results = [ways.measure_engine(path, shape, openings, contexts=count) for count in (2, 1)]
-    results.append(ways.measure_two_llamas(_file(baseline or model, parallel, threads), shape, openings))
+    results: list[ways.Result] = []
+
+    def report(result: ways.Result) -> None:
+        results.append(result)
+        if not as_json:
+            click.echo(_line(result.way, result.rate, limit.exchange, result.read))
+
+    if not as_json:
+        click.echo(
+            f"{path.name}: {dialogues} dialogues of {turns} turns, {parallel} at once, {threads} threads"
+        )
+        click.echo(f"best rates: {limit.decode:.0f} tokens/s written, {limit.prompt:.0f} read\n")
+        click.echo(f"{'':42}{'tokens/s':>10}{'of limit':>10}{'read':>8}")
+        click.echo(_line("limit: write once, read once", limit.exchange, limit.exchange, 1.0))
+    report(ways.measure_engine(path, shape, openings, contexts=2))
+    report(ways.measure_engine(path, shape, openings, contexts=1))
     if binary is not None:
-        results.append(ways.measure_llama_server(binary, path, shape, openings))
+        report(ways.measure_llama_server(binary, path, shape, openings))
+    elif not as_json:
+        click.echo("llama-server is not on the PATH and is left out")
+    report(ways.measure_two_llamas(_file(baseline or model, parallel, threads), shape, openings))
     if as_json:
         rows = [{**asdict(result), "rate": result.rate} for result in results]
-        report = {
-            "model": str(path),
-            "shape": asdict(shape),
-            "limit": {**asdict(limit), "exchange": limit.exchange},
-        }
-        click.echo(json.dumps({**report, "results": rows}))
-        return
-    click.echo(
-        f"{path.name}: {dialogues} dialogues of {turns} turns, {parallel} at once, {threads} threads\n"
-    )
-    click.echo(f"{'':42}{'tokens/s':>10}{'of limit':>10}{'read':>8}")
-    click.echo(f"{'limit: write once, read once':42}{limit.exchange:10.0f}{1:10.2f}{1:8.2f}")
-    for result in results:
-        read = f"{result.read:8.2f}" if result.read is not None else ""
-        click.echo(f"{result.way:42}{result.rate:10.0f}{result.rate / limit.exchange:10.2f}{read}")
-    click.echo(f"\nbest rates: {limit.decode:.0f} tokens/s written, {limit.prompt:.0f} read")
-    if binary is None:
-        click.echo("llama-server is not on the PATH and was left out")
+        rates = {**asdict(limit), "exchange": limit.exchange}
+        click.echo(json.dumps({"model": str(path), "shape": asdict(shape), "limit": rates, "results": rows}))
+
+
+def _line(way: str, rate: float, limit: float, read: float | None) -> str:
+    return f"{way:42}{rate:10.0f}{rate / limit:10.2f}" + (f"{read:8.2f}" if read is not None else "")
 
 
 def _file(text: str, parallel: int, threads: int) -> Path:

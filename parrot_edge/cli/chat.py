@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from typing import Any
 
@@ -45,13 +46,18 @@ def chat(source: str | None, system: str | None, **given: Any) -> None:
             )
         options.extend_rows("assistant", source or "-", given)
         return
-    writer = Writer(given["output"], force=given["force"]) if given["output"] != "-" else None
     messages = [Message("system", system)] if system else []
-    options.run_interruptibly(_talk(messages, given), "The conversation is over.")
-    if writer is not None and len(messages) > 1:
-        rows = [message.as_dict() for message in messages]
-        writer.write({"id": content_id(rows), "messages": rows})
-        writer.close()
+
+    def keep() -> None:
+        if given["output"] != "-" and messages[-1:] and messages[-1].role == "assistant":
+            rows = [message.as_dict() for message in messages]
+            writer.write({"id": content_id(rows), "messages": rows, "stop_reason": None})
+
+    with Writer(given["output"], force=given["force"]) as writer:
+        try:
+            options.run_interruptibly(_talk(messages, given), "the conversation is over", at_stop=keep)
+        finally:
+            keep()
 
 
 async def _talk(messages: list[Message], given: dict[str, Any]) -> None:
@@ -65,7 +71,7 @@ async def _talk(messages: list[Message], given: dict[str, Any]) -> None:
     ):
         click.echo(f"Talking to {engine.name}. Ctrl-D ends the conversation.", err=True)
         speaker = Speaker(engine, given["max_tokens"], sampling)
-        while (line := _read_line()) is not None:
+        while (line := await asyncio.to_thread(_read_line)) is not None:  # so that Ctrl-C is heard
             if not line:
                 continue
             question = Message("user", line)
@@ -76,7 +82,8 @@ async def _talk(messages: list[Message], given: dict[str, Any]) -> None:
             if said.stop_reason == "context":
                 click.echo("The conversation has filled the model's context, so it ends here.", err=True)
                 return
-            messages += [question, Message("assistant", said.text)]
+            if said.stop_reason is None:  # else it said nothing
+                messages += [question, Message("assistant", said.text)]
 
 
 def _read_line() -> str | None:

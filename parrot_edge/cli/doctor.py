@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 from dataclasses import asdict
@@ -24,14 +23,6 @@ from parrot_edge.machine import (
 from parrot_edge.models import LocalModel, parse_model
 from parrot_edge.store import cache_dir, config_dir
 
-EXTRAS = {
-    "train": ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets"),
-    "convert": ("gguf",),
-    "dialect": ("onnxruntime", "kaldi_native_fbank", "soundfile", "soxr"),
-    "ray": ("ray",),
-}
-"""The optional parts, and the modules that show whether they are installed."""
-
 
 @click.command()
 @click.option("--model", metavar="MODEL", default="chat", show_default=True, help="The model to examine.")
@@ -50,7 +41,7 @@ EXTRAS = {
 def doctor(model: str, parallel: int, tokens: int, measure: bool, as_json: bool) -> None:
     """Say what this machine has, which file type and how many threads and dialogues suit it, and why.
 
-    The first call times the file types, which takes some seconds.
+    The first call times the file types, which can take half a minute.
 
     \b
     Examples:
@@ -98,10 +89,6 @@ def examine(name: str, parallel: int, tokens: int, measure: bool) -> dict[str, A
         report["sequences"]["tokens"] = tokens
     report["cache"] = _folder(cache_dir())
     report["config"] = _folder(config_dir())
-    report["extras"] = {
-        extra: [module for module in modules if importlib.util.find_spec(module) is None]
-        for extra, modules in EXTRAS.items()
-    }
     return report
 
 
@@ -121,10 +108,6 @@ def describe(report: dict[str, Any]) -> list[str]:
     if "file" in report:
         file, sequences = report["file"], report["sequences"]
         lines.append(("file type", f"{file['type'] or 'as it is'}: {file['reason']}"))
-        lines += [
-            ("", f"{row['type']:6} writes {row['decode']:6.0f} tokens/s, reads {row['prompt']:6.0f} tokens/s")
-            for row in file["measured"]
-        ]
         lines.append(("file", file["path"]))
         each = plural(sequences["tokens"], "token")
         lines.append(("dialogues", f"{sequences['count']} of {each} side by side: {sequences['reason']}"))
@@ -132,9 +115,6 @@ def describe(report: dict[str, Any]) -> list[str]:
         folder = report[kind]
         writable = "" if folder["writable"] else ", cannot be written"
         lines.append((kind, f"{folder['path']} ({format_bytes(folder['bytes'])}{writable})"))
-    for extra, missing in report["extras"].items():
-        state = f"not installed; pip install 'parrot-edge[{extra}]'" if missing else "installed"
-        lines.append((f"[{extra}]", state))
     return [f"{label:12} {text}" for label, text in lines]
 
 

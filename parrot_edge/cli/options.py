@@ -143,7 +143,8 @@ def find_model(text: str, *, parallel: int, threads: int | None) -> LocalModel |
     choice = choose_file(
         model, sequences=parallel, threads=threads, say=lambda note: click.echo(note, err=True)
     )
-    return LocalModel(choice.path.stem, choice.path, model.adapter) if choice.path != model.path else model
+    name = f"{choice.path.stem}+{model.adapter.name}" if model.adapter else choice.path.stem
+    return LocalModel(name, choice.path, model.adapter) if choice.path != model.path else model
 
 
 @contextlib.asynccontextmanager
@@ -155,13 +156,13 @@ async def open_engine(model: LocalModel | RemoteModel, **load: Any) -> AsyncIter
         yield engine
 
 
-def open_intake(
-    source: str, given: dict[str, Any], *, replace: bool, waiting: str | None = None
-) -> Intake:
+def open_intake(source: str, given: dict[str, Any], *, replace: bool, waiting: str | None = None) -> Intake:
     """What is read, and with `--on-error skip` the rejects file, which `replace` replaces."""
     output, rejects = given["output"], None
     path = given["rejects"] or ("rejects.jsonl" if output == "-" else f"{output}.rejects.jsonl")
     _refuse_same_file(source, output)
+    if given["rejects"] and given["on_error"] != "skip":
+        raise UsageError("--rejects needs --on-error skip")
     if given["on_error"] == "skip":
         _refuse_same_file(source, path)
         if os.path.abspath(path) == os.path.abspath(output):

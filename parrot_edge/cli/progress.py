@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 
@@ -21,33 +22,28 @@ class ProgressLine:
         self._on = sys.stderr.isatty() if wanted is None else wanted
         self._total = total
         self._next = 0.0
-        self._length = 0
+        self._shown = False
 
     def __enter__(self) -> ProgressLine:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        """What follows starts a line of its own."""
+        """What follows begins a line of its own."""
         if self._shown:
-            self._write("\n")
+            _print("\n")
 
     def show(self, tally: Tally) -> None:
         """Rewrite the line, at most five times a second."""
         now = time.monotonic()
         if self._on and now >= self._next:
             self._next = now + _SECONDS_BETWEEN_LINES
-            self._write("\r" + self._text(tally) + "\x1b[K")
+            self._write(self._text(tally))
 
     def finish(self, tally: Tally) -> None:
         """Leave the last state on the screen."""
         if self._on:
             reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(tally.reasons.items()))
-            self._write(
-                "\r"
-                + self._text(tally, over=True)
-                + (f"; ended by: {reasons}" if reasons else "")
-                + "\x1b[K\n"
-            )
+            self._write(self._text(tally, over=True) + (f"; ended by: {reasons}" if reasons else ""))
 
     def _text(self, tally: Tally, *, over: bool = False) -> str:
         done = tally.dialogues + tally.skipped
@@ -63,6 +59,12 @@ class ProgressLine:
         return " · ".join(parts)
 
     def _write(self, text: str) -> None:
+        self._shown = True
+        _print(f"\r{text}\x1b[K")
+
+
+def _print(text: str) -> None:
+    with contextlib.suppress(OSError):  # a terminal that has gone must not end the run
         sys.stderr.write(text)
         sys.stderr.flush()
 

@@ -75,13 +75,15 @@ def simulate(source: str | None, named: str | None, **given: Any) -> None:
         advice = "the rows written are whole, and with -o FILE a run can be resumed"
         recorder: Journal | RowsOnly = RowsOnly(Writer().write)
     else:
-        advice = f"carry on with: {options.command_line(add='--resume', drop='--force')}"
+        again = options.command_line(add="--resume", drop="--force")
+        advice = f"{'give it the same rows and ' if source == '-' else ''}carry on with: {again}"
         facts = {
             "seed": settings.seed, "turns": settings.turns, "max_tokens": given["max_tokens"],
             "ask": ask.name, "chat": chat.name, "sampling": repr(sampling), "exact": given["exact"],
         }  # fmt: skip
         recorder = Journal(Path(output), facts, resume=given["resume"], force=given["force"])
-    with contextlib.closing(recorder), ProgressLine(given["progress"], total) as line:
+    left = None if total is None else max(0, total - len(recorder.finished))
+    with contextlib.closing(recorder), ProgressLine(given["progress"], left) as line:
         tally = options.run_interruptibly(
             _simulate(intake, total, (ask, chat), settings, sampling, recorder, line, given), advice
         )

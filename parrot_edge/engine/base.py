@@ -7,7 +7,7 @@ gathers what all sessions wait for into one batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -91,6 +91,10 @@ class Engine(Protocol):
     @property
     def writes_any_role(self) -> bool:
         """Whether `next_role="user"` works; a remote chat endpoint only writes "assistant"."""
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """What the adapter's file, or else the model's, says of itself; empty for a remote engine."""
 
     def session(self) -> AbstractAsyncContextManager[Session]:
         """A new conversation; entering waits until the engine has room for one more."""

@@ -23,7 +23,7 @@ calls give the same batches, and the same text, each time.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -235,6 +235,12 @@ class LlamaEngine:
         lora = model.load_adapter(Path(adapter)) if adapter is not None else None
         shape = ContextShape(sequences, tokens, threads or choose_threads().count)
         return cls(Context(model, shape, lora), Scheduler(), exact=exact)
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """What the adapter's file, or else the model's, says of itself."""
+        adapter = self.context.adapter
+        return adapter.metadata if adapter is not None else self.model.metadata
 
     @property
     def busy(self) -> int:

@@ -221,17 +221,19 @@ class ContextShape:
     tokens      longest conversation of each, in tokens
     threads     CPU threads of a decode
     batch       most tokens of one decode
+    outputs     most positions of one decode whose logits are wanted; 0 is one for each sequence
     """
 
     sequences: int
     tokens: int
     threads: int
     batch: int = 512
+    outputs: int = 0
 
     def bytes(self, model: Model) -> int:
         """Memory in bytes that such a context takes beside the weights (an estimate, rounded up)."""
         cache = self.sequences * self.tokens * model.kv_bytes_per_token
-        logits = 2 * 4 * model.vocab_size * self.sequences
+        logits = 2 * 4 * model.vocab_size * max(self.sequences, self.outputs)
         return cache + logits + 48 * 2**20
 
 
@@ -247,7 +249,7 @@ class Context(_Handle):
         params.n_ctx = shape.sequences * shape.tokens
         params.n_seq_max = shape.sequences
         params.n_batch = params.n_ubatch = max(shape.batch, shape.sequences)
-        params.n_outputs_max = shape.sequences
+        params.n_outputs_max = max(shape.sequences, shape.outputs)
         params.n_threads = params.n_threads_batch = shape.threads
         params.kv_unified = False
         params.no_perf = True
@@ -266,11 +268,12 @@ class Context(_Handle):
         self._memory = C.llama_get_memory(pointer)
         self._batch = _Batch(int(params.n_batch))
 
-    def decode(self, rows: Sequence[tuple[int, int, Sequence[int], bool]]) -> list[int]:
-        """Feed tokens; a row is (sequence, position of its first token, tokens, wants logits).
+    def decode(self, rows: Sequence[tuple[int, int, Sequence[int], int]]) -> list[int]:
+        """Feed tokens; a row is (sequence, position of its first token, tokens, wanted): of its last
+        `wanted` tokens the logits are wanted, of the last alone for True.
 
-        Returns, per row that wants logits, the index to give to `Sampler.sample`; they hold until
-        the next decode. The rows hold at most `shape.batch` tokens in all.
+        Returns an index for each of them, in order, to give to `logits` or `Sampler.sample`; they hold
+        until the next decode. The rows hold at most `shape.batch` tokens in all.
         """
         outputs = self._batch.fill(rows)
         _log.clear()
@@ -351,17 +354,17 @@ class _Batch:
         self.struct.seq_id = self._rows.ctypes.data_as(as_pointer(as_pointer(C.llama_seq_id)))
         self.struct.logits = self._logits.ctypes.data_as(as_pointer(ctypes.c_int8))
 
-    def fill(self, rows: Sequence[tuple[int, int, Sequence[int], bool]]) -> list[int]:
-        start, outputs = 0, []
-        for sequence, position, tokens, wants_logits in rows:
+    def fill(self, rows: Sequence[tuple[int, int, Sequence[int], int]]) -> list[int]:
+        start, outputs = 0, list[int]()
+        for sequence, position, tokens, wanted in rows:
             end = start + len(tokens)
             self._token[start:end] = tokens
             self._pos[start:end] = np.arange(position, position + len(tokens))
             self._sequence[start:end] = sequence
             self._logits[start:end] = 0
-            if wants_logits:
-                self._logits[end - 1] = 1
-                outputs.append(end - 1)
+            if wanted:
+                self._logits[end - wanted : end] = 1
+                outputs.extend(range(end - wanted, end))
             start = end
         self.struct.n_tokens = start
         return outputs

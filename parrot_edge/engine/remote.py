@@ -14,10 +14,11 @@ import os
 import random
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from datetime import UTC
 from email.utils import parsedate_to_datetime
+from types import MappingProxyType
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -81,6 +82,7 @@ class RemoteEngine:
     """
 
     writes_any_role = False
+    metadata: Mapping[str, str] = MappingProxyType({})
 
     def __init__(
         self,

@@ -18,7 +18,7 @@ class ScriptedEngine:
     script           texts, `Reply`s, or exceptions to be raised, given out in the order in which they
                      are asked for, over all sessions; or a function that makes a reply from a request
     parallel         most sessions open at once, >= 1
-    writes_any_role  whether `next_role="user"` is answered; settable at any time
+    writes_any_role  whether `next_role="user"` is answered; settable at any time, as is `metadata`
 
     `history` holds every request, in order. A text is a reply that ended with "stop" and cost no
     tokens. Raises `UsageError` where `parallel` is less than 1.
@@ -46,6 +46,7 @@ class ScriptedEngine:
             raise UsageError(f"parallel is {parallel}; at least 1 session has to fit")
         self.name = name
         self.writes_any_role = writes_any_role
+        self.metadata: dict[str, str] = {}
         self.history: list[Request] = []
         self._next = script if callable(script) else _queue(script)
         self._room = asyncio.Semaphore(parallel)

@@ -1,0 +1,47 @@
+"""The measuring itself, at a shape that takes seconds."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from parrot_edge import bench
+from parrot_edge.cli import parrot
+from parrot_edge.errors import ModelError
+
+SHAPE = bench.Shape(dialogues=3, turns=2, max_tokens=8, parallel=2, threads=1)
+OPENINGS = ["Name a river.", "hi"]
+
+
+@pytest.mark.parametrize("contexts", [1, 2])
+def test_the_engine_makes_every_message_and_reads_little_twice(embedded_model, contexts):
+    result = bench.measure_engine(embedded_model, SHAPE, OPENINGS, contexts=contexts)
+    messages = SHAPE.dialogues * (2 * SHAPE.turns - 1)
+    assert messages <= result.tokens <= messages * SHAPE.max_tokens
+    assert result.rate == pytest.approx(result.tokens / result.seconds)
+    assert 1.0 <= result.read < 1.6  # a cut message's last token counts as read, which shows at 8 tokens
+
+
+def test_two_llama_objects_make_as_many_messages(embedded_model):
+    result = bench.measure_two_llamas(embedded_model, SHAPE, OPENINGS)
+    assert result.tokens <= SHAPE.dialogues * (2 * SHAPE.turns - 1) * SHAPE.max_tokens
+    assert result.tokens > 0
+
+
+def test_the_limit_is_below_both_rates(embedded_model):
+    rates = bench.measure_limit(embedded_model, SHAPE)
+    assert 0 < rates.exchange < min(rates.decode, rates.prompt)
+
+
+def test_a_server_that_is_no_program_is_refused():
+    with pytest.raises(ModelError, match="nowhere/llama-server is no program"):
+        bench.find_llama_server("nowhere/llama-server")
+
+
+def test_the_report_as_json(embedded_model):
+    shape = ["--dialogues", "1", "--turns", "1", "--max-tokens", "4", "--parallel", "1", "--threads", "1"]
+    result = CliRunner().invoke(parrot, ["bench", "--model", str(embedded_model), "--json", *shape])
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert [row["way"].split(",")[0] for row in report["results"]][:2] == ["parrot", "parrot"]
+    assert report["limit"]["exchange"] > 0
