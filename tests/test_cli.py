@@ -328,6 +328,7 @@ def test_bad_template_is_named_in_one_sentence(
         (["simulate", "seeds.jsonl", "--rejects", "bad.jsonl"], "--rejects needs --on-error skip"),
         (["simulate", "seeds.jsonl", "--resume"], "need -o FILE"),
         (["simulate", "seeds.jsonl", "--force"], "need -o FILE"),
+        (["simulate", "seeds.jsonl", "-o", "x", "--resume", "--force"], "--resume or --force, not both"),
         (["ask", "--parallel", "0"], "0 is not in the range x>=1"),
         (["chat", "--seed", "-1"], "-1 is not in the range x>=0"),
         (["chat", "seeds.jsonl", "--system", "x"], "--system is for a conversation on a terminal"),

@@ -141,7 +141,8 @@ def test_real_models_carry_on_after_kills(parrot: Parrot, model_file: Path, tmp_
     known: set[tuple[str, str]] = set()
     for _ in range(3):
         process = parrot.start(*run, "--resume")
-        wait_until(process, lambda wanted=len(known) + 2: len(texts_of(tmp_path)) >= wanted)
+        wanted = len(known) + 2
+        wait_until(process, lambda wanted=wanted: len(texts_of(tmp_path)) >= wanted)
         process.kill()
         process.communicate()
         assert process.returncode == -signal.SIGKILL

@@ -63,6 +63,8 @@ def simulate(source: str | None, named: str | None, **given: Any) -> None:
     output = given["output"]
     if output == "-" and (given["resume"] or given["force"]):
         raise UsageError("--resume and --force need -o FILE")
+    if given["resume"] and given["force"]:
+        raise UsageError("give --resume or --force, not both")
     intake = options.open_intake(source, given, replace=given["resume"] or given["force"])
     settings = RunSettings(given["turns"], given["parallel"], given["seed"])
     total = intake.count()

@@ -25,7 +25,7 @@ MAX_SEQUENCES = 256
 """llama.cpp's own limit on sequences in one context."""
 
 _PENALTY_WINDOW = 64  # tokens
-_PENALTY_CANDIDATES = 256  # penalties cost a look-up per candidate, so they see the likeliest only
+_PENALTY_CANDIDATES = 128  # penalties look each candidate up, and llama.cpp finds more than 128 slowly
 _WARN, _ERROR = 3, 4  # ggml_log_level
 
 _log: deque[str] = deque(maxlen=20)
