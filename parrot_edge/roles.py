@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from difflib import SequenceMatcher
 
 from parrot_edge.dialogue import Message, Seed
 from parrot_edge.engine.base import Engine, Reply, Request, Sampling, Session
@@ -230,7 +230,7 @@ def sounds_like_assistant(text: str) -> bool:
 
 
 def repeats(text: str, earlier: Sequence[str]) -> bool:
-    """Whether a message says what an earlier one said (nearly the same letters), or runs in a circle.
+    """Whether a message says what an earlier one said (nearly the same words), or runs in a circle.
 
     >>> repeats("And what about the rice?", ["and what about the rice"])
     True
@@ -240,21 +240,17 @@ def repeats(text: str, earlier: Sequence[str]) -> bool:
     data = text.encode("utf-8")
     if len(data) > 200 and len(data) > 6 * len(zlib.compress(data)):
         return True
-    plain = _plain(text)
-    return any(_alike(plain, _plain(other)) for other in earlier)
+    words = _count_words(text)
+    return any(_alike(words, _count_words(other)) for other in earlier)
 
 
-def _plain(text: str) -> str:
-    return re.sub(r"\W+", " ", text.lower()).strip()
+def _count_words(text: str) -> Counter[str]:
+    return Counter(re.findall(r"\w+", text.lower()))
 
 
-def _alike(one: str, other: str) -> bool:
-    if one == other:
-        return True
-    if min(len(one), len(other)) < 0.8 * max(len(one), len(other)):
-        return False
-    matcher = SequenceMatcher(None, one, other, autojunk=False)
-    return matcher.real_quick_ratio() > 0.9 and matcher.quick_ratio() > 0.9 and matcher.ratio() > 0.9
+def _alike(one: Counter[str], other: Counter[str]) -> bool:
+    """Whether nine words in ten are common to both (Dice coefficient of the bags of words)."""
+    return 2 * (one & other).total() >= 0.9 * (one.total() + other.total())
 
 
 _FAREWELL = re.compile(

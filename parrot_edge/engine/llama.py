@@ -122,7 +122,7 @@ class _Job:
     def reply(self) -> Reply:
         assert self.finish is not None
         return Reply(
-            self.text.decode("utf-8", "ignore"),
+            self.text.decode("utf-8", "ignore").replace("\0", ""),
             self.finish,
             prompt_tokens=self.prompt_tokens,
             new_tokens=self.new_tokens,
@@ -165,7 +165,7 @@ class Scheduler:
             engine.admit()
             try:
                 await loop.run_in_executor(self._pool, engine.step)
-            except (ModelError, UsageError) as error:
+            except Exception as error:  # whatever it is, those who wait must hear of it
                 engine.fail(error)
             engine.deliver()
             await _let_others_run()
@@ -309,7 +309,7 @@ class LlamaEngine:
         for job in self._new:
             try:
                 self._start(job)
-            except (ModelError, UsageError) as error:
+            except Exception as error:  # of this reply alone: a template, a grammar, half a surrogate pair
                 job.error = error
         batch = self._next_batch()
         rows = []
