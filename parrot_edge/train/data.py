@@ -18,7 +18,9 @@ It knows nothing of models; `template` knows how turns are written, `sources` wh
 from __future__ import annotations
 
 import bisect
+import contextlib
 import hashlib
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -94,26 +96,24 @@ def build_corpus(options: DataOptions, role: str, tokenizer: Any) -> Corpus:
     reader = Reader(options.sources, skip=options.bad_rows == "skip")
     encoder = Encoder(template, tokenizer, role, options.learn_end)
     corpus = Corpus()
-    for dialogue in reader.dialogues():
-        if options.limit and corpus.dialogues >= options.limit:
-            break
-        try:
-            row, turns = encoder.encode(dialogue)
-            parts = split_row(row, turns, options.max_length)
-        except Unwritable as error:
-            reader.refuse(dialogue.line.error(str(error)))
-            continue
-        corpus.dialogues += 1
-        kept = [part for part in parts if part.targets >= options.min_targets]
-        corpus.dropped += len(parts) - len(kept)
-        (corpus.held_out if is_held_out(dialogue, options.held_out) else corpus.train).extend(kept)
-    corpus.sources, corpus.skipped = reader.sources, reader.skipped
-    corpus.first_error = str(reader.first_error or "")
+    with contextlib.closing(reader.dialogues()) as dialogues:
+        for dialogue in itertools.islice(dialogues, options.limit or None):
+            try:
+                row, turns = encoder.encode(dialogue)
+                parts = split_row(row, turns, options.max_length)
+            except Unwritable as error:
+                reader.refuse(dialogue.line.error(str(error)))
+                continue
+            corpus.dialogues += 1
+            kept = [part for part in parts if part.targets >= options.min_targets]
+            corpus.dropped += len(parts) - len(kept)
+            (corpus.held_out if is_held_out(dialogue, options.held_out) else corpus.train).extend(kept)
+    _note(corpus, reader)
     if not corpus.train:
         raise InputError(
-            f"{', '.join(options.sources) or 'no data source'}: holds nothing that the {role} role could "
-            f"learn from ({corpus.dialogues} dialogues, {corpus.skipped} rows skipped); "
-            f"{corpus.first_error or 'name dialogues with --data'}"
+            f"{', '.join(options.sources)}: holds nothing that the {role} role could learn from "
+            f"({corpus.dialogues} dialogues, {corpus.skipped} rows skipped); "
+            f"{corpus.first_error or 'name other dialogues with --data'}"
         )
     return corpus
 
@@ -130,27 +130,29 @@ def build_pairs(options: DataOptions, tokenizer: Any) -> tuple[Corpus, dict[str,
     encoder = Encoder(template, tokenizer, "chat", "never")
     corpus = Corpus()
     pairs: dict[str, list[Any]] = {"train": [], "held_out": []}
-    for pair in reader.pairs():
-        if options.limit and corpus.dialogues >= options.limit:
-            break
-        asked = Dialogue((*pair.prompt, pair.chosen), None, False, pair.line)
-        try:
-            chosen = encoder.encode(asked)
-            rejected = encoder.encode(Dialogue((*pair.prompt, pair.rejected), None, False, pair.line))
-            ids = _join_pair(chosen, rejected, options.max_length)
-        except Unwritable as error:
-            reader.refuse(pair.line.error(str(error)))
-            continue
-        corpus.dialogues += 1
-        pairs["held_out" if is_held_out(asked, options.held_out) else "train"].append(ids)
-    corpus.sources, corpus.skipped = reader.sources, reader.skipped
-    corpus.first_error = str(reader.first_error or "")
+    with contextlib.closing(reader.pairs()) as found:
+        for pair in itertools.islice(found, options.limit or None):
+            asked = Dialogue((*pair.prompt, pair.chosen), None, False, pair.line)
+            other = Dialogue((*pair.prompt, pair.rejected), None, False, pair.line)
+            try:
+                ids = _join_pair(encoder.encode(asked), encoder.encode(other), options.max_length)
+            except Unwritable as error:
+                reader.refuse(pair.line.error(str(error)))
+                continue
+            corpus.dialogues += 1
+            pairs["held_out" if is_held_out(asked, options.held_out) else "train"].append(ids)
+    _note(corpus, reader)
     if not pairs["train"]:
         raise InputError(
-            f"{', '.join(options.sources) or 'no data source'}: holds no preference pairs; "
+            f"{', '.join(options.sources)}: holds no preference pairs to learn from; "
             f"{corpus.first_error or 'name a file of them with --data'}"
         )
     return corpus, pairs
+
+
+def _note(corpus: Corpus, reader: Reader) -> None:
+    corpus.sources, corpus.skipped = reader.sources, reader.skipped
+    corpus.first_error = str(reader.first_error or "")
 
 
 def _join_pair(

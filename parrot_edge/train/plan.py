@@ -16,8 +16,8 @@ from parrot_edge.errors import ModelError
 from parrot_edge.machine import MEMORY_SHARE, format_bytes, inspect_machine
 from parrot_edge.recipe import LoraOptions, TrainRecipe
 
-RUNTIME_BYTES = {"cpu": 0.7e9, "cuda": 1.2e9}
-"""What Python, torch and the libraries take by themselves: memory there, or the CUDA context."""
+RUNTIME_BYTES = {"cpu": 1.1e9, "cuda": 1.2e9}
+"""What Python, the libraries and the allocator's gaps take in memory; on a GPU the CUDA context."""
 
 NF4_BYTES = 0.5 + 0.127 / 8
 """A weight in NF4 with double quantisation, arXiv 2305.14314."""
@@ -160,14 +160,14 @@ def estimate_memory(
     weights = shape.linear * (NF4_BYTES if nf4 else width) + shape.other * width
     states = 2 if "8bit" in optimizer_name(recipe, device) else 8
     adapter = shape.trained * (4 + 4 + states)
-    # Kept per token and block: inputs of the norms, projections and the attention (about 20 times
-    # the hidden size), and around the gate (about 5 times the inner size). With checkpointing only
+    # Kept per token and block: inputs of the norms, projections and the attention (about 22 times
+    # the hidden size), and around the gate (about 6 times the inner size). With checkpointing only
     # a block's input stays, and one block at a time is whole.
-    block = tokens * (20 * shape.hidden + 5 * shape.intermediate) * width
+    block = tokens * (22 * shape.hidden + 6 * shape.intermediate) * width
     kept = tokens * shape.hidden * width * shape.layers + 2 * block
     activations = kept if recipe.optim.checkpointing else shape.layers * block
-    # On a GPU trl never makes all logits; elsewhere logits, their softmax and its gradient stand at once
-    logits = min(targets, 4096) * shape.vocab * (4 if device == "cuda" else 12)
+    # On a GPU trl makes the logits piece by piece; elsewhere logits, softmax and gradients stand at once
+    logits = min(targets, 4096) * shape.vocab * (4 if device == "cuda" else 16)
     # A 4-bit matrix is expanded while it is used
     expanded = shape.hidden * shape.intermediate * width * 2 if nf4 else 0
     twice = 2 if recipe.objective == "dpo" else 1  # chosen and rejected side by side

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Source:
-    """A source as it was read: its name without folders, its rows, and the SHA-256 of its lines."""
+    """A source as it was read: its name without folders, the rows read, and the SHA-256 of their lines."""
 
     name: str
     rows: int
@@ -91,7 +91,7 @@ class Reader:
         self.first_error: InputError | None = None
         self.sources: list[Source] = []
 
-    def dialogues(self) -> Iterator[Dialogue]:
+    def dialogues(self) -> Generator[Dialogue, None, None]:
         """All dialogues of all sources, each with both sides."""
         for name in self.names:
             loose: dict[str, list[tuple[Line, dict[str, Any]]]] = {}  # Open-Assistant, a message per row
@@ -114,7 +114,7 @@ class Reader:
                     continue
                 yield from found
 
-    def pairs(self) -> Iterator[Pair]:
+    def pairs(self) -> Generator[Pair, None, None]:
         """All preference pairs of all sources."""
         for name in self.names:
             for line in self._lines(name):
@@ -134,14 +134,16 @@ class Reader:
 
     def _lines(self, name: str) -> Iterator[Line]:
         digest, count = hashlib.sha256(), 0
-        for line in _hub_lines(name) if name.startswith("hf:") else read_lines(name):
-            digest.update(line.data + b"\n")
-            count += 1
-            yield line
-        if not count:
-            raise InputError("holds no rows", source=name)
-        short = name if name.startswith("hf:") else Path(name).name
-        self.sources.append(Source(short, count, digest.hexdigest()))
+        try:
+            for line in _hub_lines(name) if name.startswith("hf:") else read_lines(name):
+                digest.update(line.data + b"\n")
+                count += 1
+                yield line
+            if not count:
+                raise InputError("holds no rows", source=name)
+        finally:  # also where the caller has enough
+            short = name if name.startswith("hf:") else Path(name).name
+            self.sources.append(Source(short, count, digest.hexdigest()))
 
 
 def _hub_lines(name: str) -> Iterator[Line]:
