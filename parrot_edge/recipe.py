@@ -63,6 +63,9 @@ class DataOptions:
     system_text  the text for `system: text`
     learn_end    whether Ask learns to end: "auto" where a dialogue really ended, "always", "never"
     max_length   longest row in tokens; a longer dialogue goes on in further rows
+    shorten      words that the other side's turns keep, two thirds of them from the start and the rest
+                 from the end; 0 keeps all
+    turn_tokens  learn at most the first so many tokens of a turn; 0 is all
     batching     "packed": rows share a longer one; "bucketed": rows of like length together; "plain"
     min_targets  a row with fewer target tokens than this is left out
     held_out     share of the dialogues (of the trees) that is kept back for measuring, 0..0.9
@@ -75,6 +78,8 @@ class DataOptions:
     system_text: str = ""
     learn_end: Literal["auto", "always", "never"] = "auto"
     max_length: int = _number(2048, 64)
+    shorten: int = _number(0, 0)
+    turn_tokens: int = _number(0, 0)
     batching: Literal["packed", "bucketed", "plain"] = "packed"
     min_targets: int = _number(1, 1)
     held_out: float = _number(0.05, 0, 0.9)
@@ -86,8 +91,10 @@ class DataOptions:
 class LoraOptions:
     """The adapter: W + alpha/rank * B A, arXiv 2106.09685.
 
-    targets  names of the layers that get one; "all-linear" is every linear layer but the head
-    layers   only the last so many blocks get one (backpropagation stops below them); 0 is all
+    targets    names of the layers that get one; "all-linear" is every linear layer but the head
+    layers     only the last so many blocks get one (backpropagation stops below them); 0 is all
+    activated  the base alone reads what was said before, the adapter only writes the role's turns
+               (activated LoRA, arXiv 2504.12397): roles can share a cache, and training is faster
     """
 
     rank: int = _number(16, 1, 1024)
@@ -95,6 +102,7 @@ class LoraOptions:
     dropout: float = _number(0.0, 0, 0.9)
     targets: tuple[str, ...] = ("all-linear",)
     layers: int = _number(0, 0)
+    activated: bool = False
 
 
 @dataclass(frozen=True)
@@ -179,6 +187,13 @@ class TrainRecipe:
             )
         if self.objective == "dpo" and self.role != "chat":
             raise ValueError("objective 'dpo' prefers answers, so its role is 'chat'")
+        if self.lora.activated and (
+            self.objective != "sft" or self.base.attention != "segments" or self.optim.checkpointing
+        ):
+            raise ValueError(
+                "lora.activated goes with objective 'sft', base.attention 'segments' and "
+                "optim.checkpointing false"
+            )
         if (self.data.system == "text") != bool(self.data.system_text):
             raise ValueError("data.system_text and data.system 'text' belong together")
         if not self.optim.epochs and not self.optim.max_steps:

@@ -51,7 +51,9 @@ def dialogue(rows: Iterable[dict[str, str]], *, tree: str | None = None, ended: 
 
 def encode(template: str, role: str, talk: Dialogue, *, system: str = "row", end: str = "auto") -> Row:
     tokenizer = tokenizer_of(template)
-    return Encoder(TurnTemplate(tokenizer, system=system), tokenizer, role, end).encode(talk)[0]
+    return Encoder(
+        TurnTemplate(tokenizer, system=system), tokenizer, role, DataOptions(learn_end=end)
+    ).encode(talk)[0]
 
 
 def pieces_of(template: str) -> list[tuple[str, str]]:
@@ -390,7 +392,7 @@ def test_continuation_rows_hold_every_target_once_with_its_history(seed: int) ->
 def test_long_dialogue_keeps_whole_exchanges_as_history() -> None:
     tokenizer = tokenizer_of("chatml")
     talk = [{"role": ("user", "assistant")[n % 2], "content": f"turn {n} " + "word " * 8} for n in range(20)]
-    encoder = Encoder(TurnTemplate(tokenizer, system="none"), tokenizer, "ask")
+    encoder = Encoder(TurnTemplate(tokenizer, system="none"), tokenizer, "ask", DataOptions())
     parts = split_row(*encoder.encode(dialogue(talk)), 300)
     assert len(parts) > 2
     for part in parts:
@@ -407,7 +409,7 @@ def test_message_longer_than_the_context_goes_on_in_further_rows() -> None:
     tokenizer = tokenizer_of("chatml")
     long = " ".join(str(n) for n in range(400))
     talk = [TALK[0], TALK[1], {"role": "user", "content": long}, TALK[3]]
-    encoder = Encoder(TurnTemplate(tokenizer, system="none"), tokenizer, "ask")
+    encoder = Encoder(TurnTemplate(tokenizer, system="none"), tokenizer, "ask", DataOptions())
     parts = split_row(*encoder.encode(dialogue(talk)), 256)
     learned = [tokenizer.decode(part.labels[part.labels != CONTEXT]) for part in parts]
     assert "".join(learned) == f"{TALK[0]['content']}<|im_end|>{long}<|im_end|><|im_end|>"

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tiny_models import make_base, make_tokenizer
 
@@ -17,7 +18,7 @@ from parrot_edge.recipe import load_recipe
 pytest.importorskip("trl")
 
 from parrot_edge.train import loops, plan, trainer
-from parrot_edge.train.data import Row
+from parrot_edge.train.data import CONTEXT, Row, find_active
 from parrot_edge.train.trainer import plan_run, train
 
 SHIPPED = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
@@ -350,10 +351,10 @@ def test_full_disk_leaves_the_last_checkpoint(
     train(recipe(), tmp_path / "whole")
     save, calls = loops.save_adapter, 0
 
-    def fill(model: Any, folder: Path) -> None:
+    def fill(model: Any, folder: Path, invocation: list[int]) -> None:
         nonlocal calls
         calls += 1
-        save(model, folder)
+        save(model, folder, invocation)
         if calls == call or (call == "last" and folder.name == "unfinished"):
             (folder / "adapter_model.safetensors").write_bytes(b"torn")
             raise OSError(errno.ENOSPC, "No space left on device")
@@ -479,3 +480,62 @@ def test_every_failure_is_one_sentence(recipe: Any, tmp_path: Path) -> None:
         with pytest.raises(ParrotError) as caught:
             plan_run(recipe(*overrides))
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")  # peft's call
+def test_activated_loss_is_that_of_pefts_activated_lora(base: Path) -> None:
+    """Two dialogues packed, three turns at once, against peft reading each turn in a row of its own."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from parrot_edge.train.base import SEGMENTS, register_segments
+
+    register_segments()
+    rng = np.random.default_rng(0)
+    header = [7, 8]
+    rows = []
+    for shape in ((6, 5, 9, 4), (3, 7)):  # context, turn, context, turn; context, turn
+        ids, labels = [], []
+        for index, size in enumerate(shape):
+            tokens = rng.integers(20, 300, size).tolist()
+            ids += [*header, *tokens] if index % 2 else tokens
+            labels += [CONTEXT, CONTEXT, *tokens] if index % 2 else [CONTEXT] * size
+        rows.append(Row(np.array(ids, np.int32), np.array(labels, np.int32), "s"))
+
+    def adapted(attention: str, invocation: list[int] | None) -> Any:
+        model = AutoModelForCausalLM.from_pretrained(base, attn_implementation=attention, dtype=torch.float32)
+        config = LoraConfig(
+            r=4, target_modules="all-linear", task_type="CAUSAL_LM", alora_invocation_tokens=invocation
+        )
+        model = get_peft_model(model, config)
+        torch.manual_seed(1)
+        for name, values in model.named_parameters():
+            if "lora" in name:
+                torch.nn.init.normal_(values, std=0.3)
+        return model
+
+    ours, theirs = adapted(SEGMENTS, None), adapted("eager", header)
+    batch = loops.lay_out([loops.to_record(rows[:1], header), loops.to_record(rows[1:], header)])
+    total, count = loops.sum_loss(ours, batch)
+    expected = plain = 0.0
+    for row in rows:
+        for start, stop in find_active(row, header):
+            ids = torch.tensor(row.input_ids[:stop].tolist())[None]
+            labels = torch.full_like(ids, CONTEXT)
+            labels[0, start + 2 :] = ids[0, start + 2 :]
+            scores = theirs(input_ids=ids).logits[0, :-1].log_softmax(-1)
+            kept = (labels[0, 1:] != CONTEXT).nonzero()[:, 0]
+            expected -= scores[kept, ids[0, 1:][kept]].sum().item()
+            whole = ours(input_ids=ids).logits[0, :-1].log_softmax(-1)
+            plain -= whole[kept, ids[0, 1:][kept]].sum().item()
+    assert int(count) == 16
+    assert total.item() == pytest.approx(expected, rel=1e-4)
+    assert abs(plain - expected) > 1e-3 * expected  # an adapter that reads the history too says otherwise
+
+
+def test_activated_adapter_names_its_invocation(recipe: Any, tmp_path: Path) -> None:
+    record = train(recipe("optim.max_steps=1"), tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    header = make_tokenizer()("<|im_start|>user\n", add_special_tokens=False)["input_ids"]
+    assert config["alora_invocation_tokens"] == record["invocation"] == header

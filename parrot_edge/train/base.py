@@ -155,6 +155,7 @@ def attend_segments(
     value: Any,
     attention_mask: Any,
     segments: list[int] | None = None,
+    turns: list[tuple[int, int, int]] | None = None,
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Any, None]:
@@ -163,30 +164,36 @@ def attend_segments(
     query, key, value: (1, heads, T, d); segments: lengths whose sum is T, None for one. A mask over
     the whole row gives the same (a test compares them) but computes T x T scores, most of them to
     throw away, and keeps torch from its flash kernels.
+
+    With `turns`, query is (1, heads, S, d) and holds turns that stand apart, their lengths' sum S;
+    key and value are (1, heads, T + S, d), the line that was read before and then the turns. A turn
+    (opening, start, stop) sees `opening..start` of the line, and itself.
     """
     import torch
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    outputs, start = [], 0
-    for length in segments or [query.shape[2]]:
-        part = slice(start, start + length)
+    line, outputs, place = key.shape[2] - query.shape[2], [], 0
+    if turns is None:
+        turns = [(0, 0, length) for length in segments or [query.shape[2]]]
+    for opening, start, stop in turns:
+        length, seen = stop - start, start - opening
+        own = slice(line + place, line + place + length)
         mask = None
-        if sliding_window is not None and sliding_window < length:
-            ones = torch.ones(length, length, dtype=torch.bool, device=query.device)
-            mask = (ones.tril() & ones.triu(1 - sliding_window))[None, None]  # (1, 1, length, length)
+        if seen or (sliding_window is not None and sliding_window < length):
+            ones = torch.ones(length, seen + length, dtype=torch.bool, device=query.device)
+            mask = ones.tril(seen)[None, None]  # (1, 1, length, seen + length)
+            if sliding_window is not None:
+                mask = mask & ones.triu(seen + 1 - sliding_window)
+        keys, values = key[:, :, own], value[:, :, own]
+        if seen:
+            keys = torch.cat([key[:, :, opening:start], keys], dim=2)
+            values = torch.cat([value[:, :, opening:start], values], dim=2)
+        part = query[:, :, place : place + length]
         outputs.append(
-            sdpa_attention_forward(
-                module,
-                query[:, :, part],
-                key[:, :, part],
-                value[:, :, part],
-                mask,
-                is_causal=mask is None,
-                **kwargs,
-            )[0]
+            sdpa_attention_forward(module, part, keys, values, mask, is_causal=mask is None, **kwargs)[0]
         )
-        start += length
-    return torch.cat(outputs, dim=1), None  # (1, T, heads, d)
+        place += length
+    return torch.cat(outputs, dim=1), None  # (1, T or S, heads, d)
 
 
 def _gguf(base: Base) -> dict[str, Any]:

@@ -21,12 +21,14 @@ import bisect
 import contextlib
 import hashlib
 import itertools
+import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
+from parrot_edge.dialogue import Message
 from parrot_edge.errors import InputError
 from parrot_edge.recipe import DataOptions
 from parrot_edge.train.sources import Dialogue, Reader, Source
@@ -94,7 +96,7 @@ def build_corpus(options: DataOptions, role: str, tokenizer: Any) -> Corpus:
     """
     template = TurnTemplate(tokenizer, system=options.system, system_text=options.system_text)
     reader = Reader(options.sources, skip=options.bad_rows == "skip")
-    encoder = Encoder(template, tokenizer, role, options.learn_end)
+    encoder = Encoder(template, tokenizer, role, options)
     corpus = Corpus()
     with contextlib.closing(reader.dialogues()) as dialogues:
         for dialogue in itertools.islice(dialogues, options.limit or None):
@@ -127,7 +129,7 @@ def build_pairs(options: DataOptions, tokenizer: Any) -> tuple[Corpus, dict[str,
     """
     template = TurnTemplate(tokenizer, system=options.system, system_text=options.system_text)
     reader = Reader(options.sources, skip=options.bad_rows == "skip")
-    encoder = Encoder(template, tokenizer, "chat", "never")
+    encoder = Encoder(template, tokenizer, "chat", replace(options, learn_end="never"))
     corpus = Corpus()
     pairs: dict[str, list[Any]] = {"train": [], "held_out": []}
     with contextlib.closing(reader.pairs()) as found:
@@ -176,11 +178,11 @@ def _join_pair(
 class Encoder:
     """Dialogues to tokens and labels, counting a turn that branches of a tree share only once."""
 
-    def __init__(self, template: TurnTemplate, tokenizer: Any, role: str, learn_end: str = "auto") -> None:
+    def __init__(self, template: TurnTemplate, tokenizer: Any, role: str, options: DataOptions) -> None:
         self._template = template
         self._tokenizer = tokenizer
         self._learned = LEARNED[role]
-        self._learn_end = learn_end
+        self._options = options
         self._seen: set[bytes] = set()
 
     def encode(self, dialogue: Dialogue) -> tuple[Row, list[Turn]]:
@@ -189,8 +191,9 @@ class Encoder:
         A turn that came before in the same tree is context. Raises `Unwritable` for what the
         template cannot write.
         """
-        ended = self._learn_end == "always" or (self._learn_end == "auto" and dialogue.ended)
-        text, spans = self._template.render(dialogue.messages, ended=ended)
+        learn_end = self._options.learn_end
+        ended = learn_end == "always" or (learn_end == "auto" and dialogue.ended)
+        text, spans = self._template.render(self._shorten(dialogue.messages), ended=ended)
         tokens = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids = np.asarray(tokens["input_ids"], dtype=np.int32)  # (T,)
         offsets = np.asarray(tokens["offset_mapping"], dtype=np.int64).reshape(-1, 2)  # (T, 2) characters
@@ -205,9 +208,22 @@ class Encoder:
             turns.append(Turn(previous, start, end))
             previous = end
             if new and span.role == self._learned:
-                labels[start:end] = ids[start:end]
+                most = self._options.turn_tokens or end - start
+                labels[start:end][:most] = ids[start:end][:most]
         labels[:1] = CONTEXT  # nothing precedes the first token, so it cannot be predicted
         return Row(ids, labels, dialogue.line.source), turns
+
+    def _shorten(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """The messages, those of the other side cut down to `shorten` words."""
+        most = self._options.shorten
+        if not most:
+            return messages
+        return [
+            message
+            if message.role in (self._learned, "system")
+            else Message(message.role, cut_middle(message.content, most))
+            for message in messages
+        ]
 
     def _fresh_turns(self, dialogue: Dialogue, count: int) -> list[bool]:
         """For each turn, whether this tree did not show it before with the same history."""
@@ -220,6 +236,42 @@ class Encoder:
                 fresh.append(digest.digest() not in self._seen)
                 self._seen.add(digest.digest())
         return fresh + [True] * (count - len(fresh))
+
+
+def cut_middle(text: str, words: int) -> str:
+    """The text with at most so many words: two thirds from its start, the rest from its end.
+
+    >>> cut_middle("one two three four  five six seven", 3)
+    'one two ... seven'
+    """
+    found = list(re.finditer(r"\S+", text))
+    if len(found) <= words:
+        return text
+    head, tail = words - words // 3, words // 3
+    return f"{text[: found[head - 1].end()]} ... {text[found[-tail].start() :] if tail else ''}".rstrip()
+
+
+def find_active(row: Row, invocation: Sequence[int]) -> list[tuple[int, int]]:
+    """Where an activated adapter is at work: from the invocation before each run of targets to its end.
+
+    Ranges of tokens within the row; each starts with the nearest `invocation` before its targets.
+
+    >>> ids, learned = np.array([9, 7, 8, 1, 2, 9, 7, 8, 3]), np.array([0, 0, 0, 1, 1, 0, 0, 0, 1])
+    >>> find_active(Row(ids, np.where(learned, ids, CONTEXT), ""), [7, 8])
+    [(1, 5), (6, 9)]
+    """
+    if len(row.input_ids) < len(invocation):
+        return []
+    learned = np.concatenate([[False], row.labels != CONTEXT, [False]])
+    edges = np.flatnonzero(learned[1:] != learned[:-1]).reshape(-1, 2)  # (runs, 2)
+    size, ranges = len(invocation), []
+    windows = np.lib.stride_tricks.sliding_window_view(row.input_ids, size)
+    places = np.flatnonzero((windows == np.asarray(invocation)).all(axis=1))
+    for start, stop in edges:
+        before = np.searchsorted(places, start - size, side="right")
+        if before:
+            ranges.append((int(places[before - 1]), int(stop)))
+    return ranges
 
 
 def is_held_out(dialogue: Dialogue, share: float) -> bool:

@@ -10,7 +10,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,7 +25,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from parrot_edge.errors import OutputError
 from parrot_edge.jsonl import Appender, read_lines
-from parrot_edge.train.data import CONTEXT, Row
+from parrot_edge.train.data import CONTEXT, Row, find_active
 from parrot_edge.train.output import list_checkpoints
 from parrot_edge.train.plan import format_seconds
 
@@ -33,13 +33,25 @@ KEPT_CHECKPOINTS = 2
 """Checkpoints that stay while a run goes on."""
 
 
-def to_record(pack: Sequence[Row]) -> dict[str, Any]:
-    """A pack of rows as the dataset holds it: rows end to end, and their lengths."""
-    return {
+def to_record(pack: Sequence[Row], invocation: Sequence[int] = ()) -> dict[str, Any]:
+    """A pack of rows as the dataset holds it: rows end to end, and their lengths.
+
+    With the `invocation` of an activated adapter, `turns` tells where the adapter is at work: the
+    start of its row, its own start and its end, all three as places in the line.
+    """
+    lengths = [len(row.input_ids) for row in pack]
+    record: dict[str, Any] = {
         "input_ids": np.concatenate([row.input_ids for row in pack]),
         "labels": np.concatenate([row.labels for row in pack]),
-        "segments": [len(row.input_ids) for row in pack],
+        "segments": lengths,
     }
+    if invocation:
+        record["turns"] = [
+            [opening, opening + start, opening + stop]
+            for opening, row in zip(np.cumsum([0, *lengths[:-1]]).tolist(), pack, strict=True)
+            for start, stop in find_active(row, invocation)
+        ]
+    return record
 
 
 def lay_out(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -49,11 +61,16 @@ def lay_out(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     masks tell the rows apart by `position_ids`, `attend_segments` by `segments`.
     """
     segments = [length for record in records for length in record["segments"]]
+    turns, start = [], 0
+    for record in records:
+        turns += [tuple(place + start for place in turn) for turn in record.get("turns", ())]
+        start += len(record["input_ids"])
     line = {key: np.concatenate([record[key] for record in records]) for key in ("input_ids", "labels")}
     return {
         **{key: torch.from_numpy(tokens).long()[None] for key, tokens in line.items()},
         "position_ids": torch.cat([torch.arange(length) for length in segments])[None],
         "segments": segments,
+        **({"turns": turns} if turns else {}),
     }
 
 
@@ -63,6 +80,8 @@ def sum_loss(model: nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor, tor
     Only where there is something to learn is a prediction made. trl does so on a GPU alone; elsewhere
     it would spend a third of the step of a small model on tokens that are context.
     """
+    if "turns" in batch:
+        return _sum_activated_loss(model, batch)
     labels = batch["labels"]
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     count = (labels[:, 1:] != CONTEXT).sum()
@@ -72,6 +91,33 @@ def sum_loss(model: nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor, tor
     places = (labels[0, 1:] != CONTEXT).nonzero()[:, 0]  # (N,): the token after each is a target
     logits = model(**inputs, use_cache=False, logits_to_keep=places).logits[0]  # (N, V)
     return nn.functional.cross_entropy(logits.float(), labels[0, places + 1], reduction="sum"), count
+
+
+def _sum_activated_loss(model: nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """`sum_loss` of an activated adapter: the base reads the line, then the turns are read with the adapter.
+
+    No turn sees what the adapter made of another one, so all stand side by side in one pass; nothing is
+    learned from the base's pass, which therefore keeps no activations.
+    """
+    turns, labels = batch["turns"], batch["labels"][0]
+    line = {key: batch[key] for key in ("input_ids", "position_ids")}
+    whole: Any = getattr(model, "module", model)
+    with torch.no_grad(), whole.disable_adapter():
+        read = whole(**line, segments=batch["segments"], use_cache=True, logits_to_keep=1)
+    places = torch.cat([torch.arange(start, stop) for _, start, stop in turns]).to(labels.device)  # (S,)
+    ends = torch.cumsum(torch.tensor([stop - start for _, start, stop in turns]), 0) - 1
+    predicts = labels[(places + 1).clamp(max=len(labels) - 1)] != CONTEXT  # (S,): the next one is a target
+    predicts[ends.to(labels.device)] = False  # what follows a turn's last token is not part of it
+    kept = predicts.nonzero()[:, 0]  # (N,)
+    logits = model(
+        **{key: tokens[:, places] for key, tokens in line.items()},
+        past_key_values=read.past_key_values,
+        turns=turns,
+        logits_to_keep=kept,
+    ).logits[0]  # (N, V)
+    targets = labels[places[kept] + 1]
+    loss = nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+    return loss, torch.tensor(len(kept), device=labels.device)
 
 
 class RowSampler(Sampler[int]):
@@ -108,6 +154,7 @@ class _Run:
     """What both trainers share; goes before trl's class, hence `self: Any`."""
 
     sampler: RowSampler | None = None
+    invocation: Sequence[int] = ()
 
     def _send_telemetry(self) -> None:
         """trl reports each run to its makers; an offline tool does not."""
@@ -121,7 +168,7 @@ class _Run:
     def _save(self: Any, output_dir: str | None = None, state_dict: Any = None) -> None:
         """The adapter alone; peft would ask the hub whether the base's embeddings were changed."""
         if self.args.should_save:
-            save_adapter(self.model, Path(output_dir or self.args.output_dir))
+            save_adapter(self.model, Path(output_dir or self.args.output_dir), self.invocation)
 
     def _save_checkpoint(self: Any, model: Any, trial: Any) -> None:
         """Write a checkpoint aside, give it its name when it is whole, then remove older ones.
@@ -159,11 +206,19 @@ def _cannot_save(folder: Path, error: Exception) -> str:
     )
 
 
-def save_adapter(model: Any, folder: Path) -> None:
-    """The adapter as safetensors, with its configuration."""
-    model.save_pretrained(
-        folder, safe_serialization=True, save_embedding_layers=False, selected_adapters=["default"]
-    )
+def save_adapter(model: Any, folder: Path, invocation: Sequence[int] = ()) -> None:
+    """The adapter as safetensors, with its configuration; an activated one names its `invocation`.
+
+    peft is told of it in the file alone: with it in memory, peft would look for one invocation a row.
+    """
+    config = model.peft_config["default"]
+    config.alora_invocation_tokens = list(invocation) or None
+    try:
+        model.save_pretrained(
+            folder, safe_serialization=True, save_embedding_layers=False, selected_adapters=["default"]
+        )
+    finally:
+        config.alora_invocation_tokens = None
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty card
 
 
@@ -180,12 +235,14 @@ class RoleTrainer(_Run, SFTTrainer):
             total / num_items_in_batch * self.accelerator.num_processes
         )  # gradients are averaged over devices
 
-    def measure(self, packs: Sequence[Sequence[Row]]) -> tuple[float, int]:
-        """Summed loss of the targets in nats, and their number, with the adapter as it is now."""
+    def measure(self, packs: Sequence[Sequence[Row]], *, adapter: bool = True) -> tuple[float, int]:
+        """Summed loss of the targets in nats, and their number, with the adapter as it is now or without."""
         total, count, model = 0.0, 0, cast(nn.Module, self.model)
-        with evaluating(model), torch.no_grad():
+        base_alone = nullcontext() if adapter else cast(Any, model).disable_adapter()
+        with evaluating(model), torch.no_grad(), base_alone:
             for pack in packs:
-                batch = self._prepare_inputs(lay_out([to_record(pack)]))
+                record = to_record(pack, self.invocation if adapter else ())
+                batch = self._prepare_inputs(lay_out([record]))
                 with self.compute_loss_context_manager():
                     loss, targets = sum_loss(model, batch)
                 total, count = total + loss.item(), count + int(targets)

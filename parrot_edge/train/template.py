@@ -105,6 +105,10 @@ class TurnTemplate:
             assistant_end=self._close["assistant"],
         )
 
+    def invocation(self, role: str) -> str:
+        """What stands right before every text of a role ("user" or "assistant")."""
+        return self._header if role == "user" else self.prompt.assistant_header.lstrip()
+
     def render(self, messages: Sequence[Message], *, ended: bool = False) -> tuple[str, list[Span]]:
         """The dialogue as text, and its turns in order.
 

@@ -20,7 +20,7 @@ import parrot_edge
 from parrot_edge.errors import ModelError, UsageError
 from parrot_edge.recipe import TrainRecipe
 from parrot_edge.train.base import Base, load_config, load_model, load_tokenizer, one_sentence
-from parrot_edge.train.data import Corpus, Row, batch_rows, build_corpus, build_pairs, sample_rows
+from parrot_edge.train.data import LEARNED, Corpus, Row, batch_rows, build_corpus, build_pairs, sample_rows
 from parrot_edge.train.output import RunFolder, checkpoint_step, hide_folders
 from parrot_edge.train.plan import Plan, lora_config, make_plan, measure_shape, optimizer_name
 from parrot_edge.train.template import TurnTemplate
@@ -36,9 +36,10 @@ Pair = Mapping[str, Sequence[int]]
 class Job:
     """A run that is ready to start: everything but the weights, which are loaded last.
 
-    packs     rows for training, as they are given to the trainer
-    held_out  rows to measure on, by the name of their source
-    pairs     preference pairs under "train" and "held_out", where the objective is "dpo"
+    packs       rows for training, as they are given to the trainer
+    held_out    rows to measure on, by the name of their source
+    pairs       preference pairs under "train" and "held_out", where the objective is "dpo"
+    invocation  tokens before the role's turns, where the adapter is activated by them
     """
 
     recipe: TrainRecipe
@@ -51,6 +52,7 @@ class Job:
     packs: Packs
     held_out: dict[str, Packs]
     pairs: dict[str, list[Pair]]
+    invocation: list[int]
     plan: Plan
 
 
@@ -114,9 +116,16 @@ def _prepare(recipe: TrainRecipe, say: Say) -> Job:
             held_out[Path(source).name] = batch_rows([r for r in rows if r.source == source], recipe.data)
     if corpus.skipped:
         say(f"skipped {corpus.skipped} rows, the first: {corpus.first_error}")
+    invocation: list[int] = []
+    if recipe.lora.activated:
+        template = TurnTemplate(tokenizer, system=recipe.data.system, system_text=recipe.data.system_text)
+        header = template.invocation(LEARNED[recipe.role])
+        invocation = tokenizer(header, add_special_tokens=False)["input_ids"]
     shape = measure_shape(config, recipe.lora)
     plan = make_plan(recipe, shape, sizes, held_out=measured, device=device, dtype=dtype, processes=processes)
-    return Job(recipe, base, tokenizer, config, device, dtype, corpus, packs, held_out, pairs, plan)
+    return Job(
+        recipe, base, tokenizer, config, device, dtype, corpus, packs, held_out, pairs, invocation, plan
+    )
 
 
 def _run(job: Job, folder: RunFolder, say: Say) -> dict[str, Any]:
@@ -140,7 +149,7 @@ def _run(job: Job, folder: RunFolder, say: Say) -> dict[str, Any]:
     steps, tokens = trainer.state.global_step, int(trainer.state.num_input_tokens_seen)
     record["measures"] = {"steps": steps, "tokens": tokens, "before": before, "after": after}
     trainer.model.peft_config["default"].base_model_name_or_path = job.base.name  # no path of this machine
-    folder.finish(recipe, record, lambda path: loops.save_adapter(trainer.model, path))
+    folder.finish(recipe, record, lambda path: loops.save_adapter(trainer.model, path, job.invocation))
     trainer.accelerator.wait_for_everyone()
     for name, value in after.items():
         say(f"{name}: {value:.4f}" + (f", before {before[name]:.4f}" if name in before else ""))
@@ -151,7 +160,7 @@ def _make_trainer(job: Job, folder: RunFolder) -> Any:
     """The base with its adapter, in the trainer of the objective."""
     import torch
     from datasets import Dataset
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
     from transformers import PrinterCallback
 
     from parrot_edge.train import loops
@@ -163,12 +172,15 @@ def _make_trainer(job: Job, folder: RunFolder) -> Any:
     new = None
     if recipe.base.adapter:
         with one_sentence(f"the adapter {recipe.base.adapter}"):
+            config = PeftConfig.from_pretrained(recipe.base.adapter)
+            config.inference_mode = False
+            config.alora_invocation_tokens = None  # see `loops.save_adapter`
             model = PeftModel.from_pretrained(
-                model, recipe.base.adapter, is_trainable=True, use_safetensors=True
+                model, recipe.base.adapter, config=config, is_trainable=True, use_safetensors=True
             )
     else:
         new = lora_config(model, recipe.lora)
-    records = list(job.pairs["train"]) if pairs else [loops.to_record(pack) for pack in job.packs]
+    records = list(job.pairs["train"]) if pairs else [loops.to_record(p, job.invocation) for p in job.packs]
     trainer: Any = (loops.PairTrainer if pairs else loops.RoleTrainer)(
         model=model,
         args=_arguments(job, folder.checkpoints),
@@ -189,6 +201,7 @@ def _make_trainer(job: Job, folder: RunFolder) -> Any:
         sizes=sizes if recipe.data.batching == "bucketed" else (),
         batch=recipe.optim.batch_size,
     )
+    trainer.invocation = job.invocation
     trainer.remove_callback(PrinterCallback)  # prints to stdout
     return trainer
 
@@ -237,8 +250,7 @@ def _measure(job: Job, trainer: Any, *, adapter: bool) -> dict[str, float]:
         figures = trainer.evaluate()
         names = ("loss", "rewards/accuracies", "rewards/margins")
         return {f"held-out {name}": float(figures[f"eval_{name}"]) for name in names}
-    with contextlib.nullcontext() if adapter else trainer.model.disable_adapter():
-        losses = {name: trainer.measure(packs) for name, packs in job.held_out.items()}
+    losses = {name: trainer.measure(packs, adapter=adapter) for name, packs in job.held_out.items()}
     if not losses:
         return {}
     total, count = (sum(column) for column in zip(*losses.values(), strict=True))
@@ -264,6 +276,7 @@ def _describe(job: Job) -> dict[str, Any]:
             "sha256": job.corpus.sha256(),
         },
         "prompt": asdict(template.prompt),
+        "invocation": job.invocation,
         "trained_parameters": job.plan.shape.trained,
         "versions": {
             "parrot_edge": parrot_edge.__version__,
