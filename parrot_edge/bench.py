@@ -21,7 +21,8 @@ from openai import APIError, AsyncOpenAI
 
 from parrot_edge.dialogue import Message
 from parrot_edge.engine.base import Request, Sampling, Session
-from parrot_edge.engine.llama import LlamaEngine, Scheduler
+from parrot_edge.engine.batch import Batcher, Scheduler
+from parrot_edge.engine.llama import LlamaEngine
 from parrot_edge.engine.native import Context, ContextShape, Model
 from parrot_edge.engine.rates import Rates, measure_rates
 from parrot_edge.engine.sampling import derive_seed
@@ -95,7 +96,7 @@ def measure_engine(path: Path, shape: Shape, openings: list[str], *, contexts: i
         scheduler = Scheduler()
         with Model(path) as model:
             form = ContextShape(shape.parallel, shape.context, shape.threads)
-            engines = [LlamaEngine(Context(model, form), scheduler) for _ in range(contexts)]
+            engines = [LlamaEngine(Batcher(Context(model, form), scheduler)) for _ in range(contexts)]
             sessions: dict[tuple[int, str], Session] = {}
             heard: dict[tuple[int, str], int] = {}
             new = 0
@@ -117,8 +118,8 @@ def measure_engine(path: Path, shape: Shape, openings: list[str], *, contexts: i
                 began = time.perf_counter()
                 await _talk_all(shape, openings, say, shape.parallel)
                 seconds = time.perf_counter() - began
-            made = sum(engine.tokens_made for engine in engines)
-            read = sum(engine.prompt_tokens_read for engine in engines)
+            made = sum(engine.batcher.tokens_made for engine in engines)
+            read = sum(engine.batcher.prompt_tokens_read for engine in engines)
             for engine in engines:
                 await engine.aclose()
         way = "parrot, a context for each side" if contexts == 2 else "parrot, one context for both"

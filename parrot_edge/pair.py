@@ -1,19 +1,21 @@
 """Two engines for two sides: what is loaded once, what fits in memory, what is refused.
 
-Files that both sides use are loaded once; each adapter gets a context of its own over them, and
-two sides that are the same model share one context.
+Files that both sides use are loaded once. Sides that are the same file, without an adapter or with
+activated ones, share a context; any other adapter gets a context of its own.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from parrot_edge.engine.base import Engine
-from parrot_edge.engine.llama import LlamaEngine, Scheduler
-from parrot_edge.engine.native import MAX_SEQUENCES, Context, ContextShape, Model
+from parrot_edge.engine.batch import Batcher, Scheduler
+from parrot_edge.engine.llama import LlamaEngine
+from parrot_edge.engine.native import MAX_SEQUENCES, Context, ContextShape, Model, is_activated
 from parrot_edge.engine.remote import RemoteEngine
 from parrot_edge.errors import ModelError, UsageError
 from parrot_edge.machine import MEMORY_SHARE, choose_threads, format_bytes, inspect_machine
@@ -36,7 +38,7 @@ class Load:
     max_tokens  of a message
     context     tokens of the longest dialogue, or None for what turns and max_tokens need
     threads     or None for what suits the machine
-    exact       see `LlamaEngine`
+    exact       see `Batcher`
     """
 
     parallel: int
@@ -56,25 +58,52 @@ async def open_pair(
     Raises `ModelError` where a model cannot be used or the pair does not fit into memory (naming
     the largest `parallel` that would), and `UsageError` where no dialogue of that many turns fits.
     """
-    sides = list(dict.fromkeys((ask, chat)))
-    local = [side for side in sides if isinstance(side, LocalModel)]
+    sides = [_Side.of(model) for model in (ask, chat) if isinstance(model, LocalModel)]
+    files = [side.file for side in sides]
     shapes = plan_contexts(
-        local, load, conversations={side: (ask, chat).count(side) * load.parallel for side in local}
+        list(dict.fromkeys(files)), load, {file: files.count(file) * load.parallel for file in files}
     )
     async with AsyncExitStack() as stack:
-        engines: dict[LocalModel | RemoteModel, Engine] = {}
         bases: dict[Path, Model] = {}
+        batchers: dict[LocalModel, Batcher] = {}
+        engines: dict[LocalModel | RemoteModel, Engine] = {}
         scheduler = Scheduler()
-        for side in sides:
-            if isinstance(side, RemoteModel):
-                engines[side] = RemoteEngine(side.url, side.model, parallel=load.parallel)
+
+        def load_side(side: _Side) -> Engine:
+            base = bases.get(side.file.path) or bases.setdefault(side.file.path, Model(side.file.path))
+            if side.file not in batchers:
+                lora = base.load_adapter(side.file.adapter) if side.file.adapter else None
+                batchers[side.file] = Batcher(
+                    Context(base, shapes[side.file], lora), scheduler, exact=load.exact
+                )
+            activated = base.load_adapter(side.activated) if side.activated else None
+            return LlamaEngine(batchers[side.file], adapter=activated, name=side.name)
+
+        for model in dict.fromkeys((ask, chat)):
+            if isinstance(model, RemoteModel):
+                engines[model] = RemoteEngine(model.url, model.model, parallel=load.parallel)
+                stack.push_async_callback(engines[model].aclose)
             else:
-                base = bases.get(side.path) or bases.setdefault(side.path, Model(side.path))
-                adapter = base.load_adapter(side.adapter) if side.adapter else None
-                context = Context(base, shapes[side], adapter)
-                engines[side] = LlamaEngine(context, scheduler, name=side.name, exact=load.exact)
-            stack.push_async_callback(engines[side].aclose)
+                # In a thread, so that Ctrl-C is heard while a large file is read
+                engines[model] = await asyncio.to_thread(load_side, _Side.of(model))
+        for batcher in batchers.values():
+            stack.push_async_callback(batcher.aclose)
         yield engines[ask], engines[chat]
+
+
+@dataclass(frozen=True)
+class _Side:
+    """A local model as it is loaded: what its context holds, and the activated adapter over that."""
+
+    name: str
+    file: LocalModel
+    activated: Path | None
+
+    @classmethod
+    def of(cls, model: LocalModel) -> _Side:
+        activated = model.adapter is not None and is_activated(model.adapter)
+        file = LocalModel("", model.path, None if activated else model.adapter)
+        return cls(model.name, file, model.adapter if activated else None)
 
 
 def plan_contexts(

@@ -155,8 +155,8 @@ class Run:
         messages = [*seed.messages, *progress.messages]
         async with AsyncExitStack() as stack:
             chat = await stack.enter_async_context(self.chat.engine.session())
-            shared = self._shares_a_session(seed)
-            ask = chat if shared else await stack.enter_async_context(self.ask.engine.session())
+            beside = chat if self._reads_the_same(seed) else None
+            ask = await stack.enter_async_context(self.ask.engine.session(beside=beside))
             while progress.stop_reason is None:
                 asks = not messages or messages[-1].role != "user"
                 if asks and sum(message.role == "user" for message in messages) >= self.settings.turns:
@@ -175,10 +175,10 @@ class Run:
                 self.on_progress(tally)
         return self._row(seed, messages, progress)
 
-    def _shares_a_session(self, seed: Seed) -> bool:
-        """Whether both sides read the very same text, so that one cache serves both."""
+    def _reads_the_same(self, seed: Seed) -> bool:
+        """Whether both sides read the very same text, so that one cache can serve both."""
         prompt = self.ask.ask_prompt
-        if self.ask.engine is not self.chat.engine or not prompt.native or not seed.messages:
+        if not prompt.native or not seed.messages:
             return False
         return ask_view(seed, seed.messages, prompt) == list(seed.messages)
 

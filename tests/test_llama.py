@@ -212,9 +212,10 @@ def test_a_template_that_refuses_fails_that_reply_alone(embedded_model):
             async with engine.session() as one, engine.session() as other:
                 first = asyncio.create_task(one.reply(Request(ask("hi"), max_tokens=4)))
                 await asyncio.sleep(0.05)
-                render, engine._template.render = engine._template.render, refuse
+                template = engine.batcher._template
+                render, template.render = template.render, refuse
                 second = await asyncio.gather(other.reply(Request(ask("hi"))), return_exceptions=True)
-                engine._template.render = render
+                template.render = render
                 return await first, second[0]
 
         first, second = asyncio.run(two())

@@ -27,7 +27,7 @@ def with_memory(monkeypatch, available):
 def opened(ask, chat, load):
     async def look():
         async with open_pair(ask, chat, load) as (one, other):
-            return one, other, one.context.model is other.context.model
+            return one, other, one.batcher.model is other.batcher.model
 
     return asyncio.run(look())
 
@@ -78,7 +78,7 @@ def test_a_pair_takes_little_more_than_weights_and_caches(model):
     script = """
 import sys
 from pathlib import Path
-from parrot_edge.engine.llama import LlamaEngine, Scheduler
+from parrot_edge.engine.llama import LlamaEngine
 from parrot_edge.engine.native import Context, ContextShape, Model
 
 def resident():

@@ -326,26 +326,24 @@ def test_seeds_are_taken_only_as_there_is_room() -> None:
     assert taken == list(range(6))
 
 
-def test_one_session_serves_both_sides_where_both_read_the_same() -> None:
-    opened = 0
+def test_a_session_is_beside_the_other_where_both_read_the_same() -> None:
+    neighbours: list[Any] = []
 
-    class Counting(ScriptedEngine):
-        def session(self) -> Any:
-            nonlocal opened
-            opened += 1
+    class Noting(ScriptedEngine):
+        def session(self, *, beside: Any = None) -> Any:
+            neighbours.append(beside)
             return super().session()
 
-    def sessions(seed: Seed) -> int:
-        nonlocal opened
-        opened = 0
-        engine = Counting(lambda request: f"answer {len(request.messages)}")
+    def sessions(seed: Seed) -> list[bool]:
+        neighbours.clear()
+        engine = Noting(lambda request: f"answer {len(request.messages)}")
         speaker = Speaker(engine, prompt=AskPrompt(native=True))
         asyncio.run(Run(speaker, speaker, RunSettings(turns=1), Recorder()).over(iter([seed])))
-        return opened
+        return [beside is not None for beside in neighbours]
 
-    assert sessions(PROMPT) == 1
-    assert sessions(Seed("a", (USER,), persona="a cook")) == 2
-    assert sessions(Seed("a", topic="tea")) == 2
+    assert sessions(PROMPT) == [False, True]
+    assert sessions(Seed("a", (USER,), persona="a cook")) == [False, False]
+    assert sessions(Seed("a", topic="tea")) == [False, False]
 
 
 @pytest.mark.parametrize(("name", "value"), [("turns", 0), ("parallel", 0), ("parallel", -3), ("seed", -1)])

@@ -96,8 +96,12 @@ class Engine(Protocol):
     def metadata(self) -> Mapping[str, str]:
         """What the adapter's file, or else the model's, says of itself; empty for a remote engine."""
 
-    def session(self) -> AbstractAsyncContextManager[Session]:
-        """A new conversation; entering waits until the engine has room for one more."""
+    def session(self, *, beside: Session | None = None) -> AbstractAsyncContextManager[Session]:
+        """A new conversation; any number can be open, it is replies that wait for room.
+
+        beside: another side's session that reads the very same text and takes turns with this one; an
+        engine that can lets both use one cache.
+        """
 
     async def aclose(self) -> None:
         """Free what the engine holds; sessions still open fail."""

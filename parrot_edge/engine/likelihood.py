@@ -12,7 +12,8 @@ import numpy as np
 
 from parrot_edge.dialogue import Message
 from parrot_edge.engine.base import Request
-from parrot_edge.engine.llama import LlamaEngine, Scheduler
+from parrot_edge.engine.batch import Batcher, Scheduler, find_invocation
+from parrot_edge.engine.llama import LlamaEngine
 from parrot_edge.engine.native import Context, ContextShape, Model
 from parrot_edge.machine import choose_threads
 
@@ -36,10 +37,12 @@ class Likelihood:
         model = Model(path)
         self.tokens = min(tokens, model.trained_context or tokens)
         shape = ContextShape(1, self.tokens, threads or choose_threads().count, _BATCH, outputs=_BATCH)
-        self._context = Context(model, shape, model.load_adapter(adapter) if adapter else None)
-        self.engine = LlamaEngine(self._context, Scheduler())
+        lora = model.load_adapter(adapter) if adapter else None
+        self._activated = lora if lora and lora.invocation else None
+        self._context = Context(model, shape, None if self._activated else lora)
+        self.engine = LlamaEngine(Batcher(self._context, Scheduler()), adapter=self._activated)
         self._model = model
-        self._read: list[int] = []  # what the cache holds
+        self._read: list[int] = []  # what the cache holds, as far as every message would read it
         self._closing: dict[str, int] = {}
 
     def encode(self, messages: Sequence[Message], role: str, text: str = "") -> tuple[list[int], int]:
@@ -56,23 +59,28 @@ class Likelihood:
     def log_probs(self, tokens: Sequence[int], start: int) -> np.ndarray:
         """ln P(token | all before it) of `tokens[start:]`: float64 (T - start,).
 
-        `start` is at least 1, and there are at most `self.tokens` tokens.
+        `start` is at least 1, and there are at most `self.tokens` tokens. An activated adapter reads
+        from its last invocation before `start` on; raises `ModelError` where there is none.
         """
-        position = min(_common_length(self._read, tokens), start - 1)  # whose logits predict the first
+        active = find_invocation(tokens[:start], self._activated) if self._activated else len(tokens)
+        position = min(_common_length(self._read, tokens), start - 1, active)
         if not self._context.forget(0, position):
             self._context.forget(0)
             position = 0
         self._read = []
         results, last = np.empty(len(tokens) - start), len(tokens) - 1  # the last token predicts no other
         while position < last:
-            chunk = tokens[position : min(position + _BATCH, last)]
+            begins = active if position < active else last
+            chunk = tokens[position : min(position + _BATCH, begins, last)]
             end = position + len(chunk)
+            if self._activated:
+                self._context.apply(self._activated if position >= active else None)
             wanted = min(len(chunk), max(0, end - start + 1))
             outputs = self._context.decode([(0, position, chunk, wanted)])
             for target, output in enumerate(outputs, end - wanted + 1):
                 results[target - start] = _log_softmax(self._context.logits(output), tokens[target])
             position = end
-        self._read = list(tokens[:last])
+        self._read = list(tokens[: min(active, last)])
         return results
 
     def closing_token(self, role: str) -> int:

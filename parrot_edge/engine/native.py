@@ -24,6 +24,9 @@ from parrot_edge.errors import ModelError, UsageError
 MAX_SEQUENCES = 256
 """llama.cpp's own limit on sequences in one context."""
 
+INVOCATION_KEY = "adapter.alora.invocation_tokens"
+"""Metadata of an activated adapter: the tokens that it begins with."""
+
 _PENALTY_WINDOW = 64  # tokens
 _PENALTY_CANDIDATES = 128  # penalties look each candidate up, and llama.cpp finds more than 128 slowly
 _WARN, _ERROR = 3, 4  # ggml_log_level
@@ -50,6 +53,28 @@ def llama_version() -> str:
 def system_info() -> str:
     """What the CPU offers to llama.cpp's kernels, as llama.cpp prints it."""
     return C.llama_print_system_info().decode()
+
+
+class _GgufParams(ctypes.Structure):
+    _fields_ = (("no_alloc", ctypes.c_bool), ("context", ctypes.c_void_p))
+
+
+def is_activated(path: Path) -> bool:
+    """Whether a GGUF is an activated adapter, told from its header; raises `ModelError`."""
+    _check_gguf(path)
+    gguf = C._lib  # llama_cpp does not declare this part of the library
+    gguf.gguf_init_from_file.restype = ctypes.c_void_p
+    gguf.gguf_init_from_file.argtypes = [ctypes.c_char_p, _GgufParams]
+    gguf.gguf_find_key.restype = ctypes.c_int64
+    gguf.gguf_find_key.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
+    gguf.gguf_free.argtypes = [ctypes.c_void_p]
+    header = gguf.gguf_init_from_file(os.fsencode(path), _GgufParams(no_alloc=True, context=None))
+    if not header:
+        raise ModelError(f"{path} cannot be read: {_why()}; check the file or fetch it again")
+    try:
+        return bool(gguf.gguf_find_key(header, INVOCATION_KEY.encode()) >= 0)
+    finally:
+        gguf.gguf_free(header)
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -202,7 +227,10 @@ class Model(_Handle):
 
 
 class Adapter:
-    """A LoRA adapter of a `Model`; llama.cpp frees it with the model."""
+    """A LoRA adapter of a `Model`; llama.cpp frees it with the model.
+
+    invocation  tokens that an activated adapter (arXiv 2504.12397) begins with, else empty
+    """
 
     def __init__(self, model: Model, path: Path, pointer: object) -> None:
         self.model, self.path, self.pointer = model, path, pointer
@@ -211,6 +239,9 @@ class Adapter:
             lambda i, buffer, size: C.llama_adapter_meta_val_str_by_index(pointer, i, buffer, size),
             C.llama_adapter_meta_count(pointer),
         )
+        count = C.llama_adapter_get_alora_n_invocation_tokens(pointer)
+        tokens = C.llama_adapter_get_alora_invocation_tokens(pointer)
+        self.invocation: list[int] = [tokens[index] for index in range(count)]
 
 
 @dataclass(frozen=True)
@@ -238,7 +269,8 @@ class ContextShape:
 
 
 class Context(_Handle):
-    """A key-value cache over a model, with an adapter or none; each sequence has a stream of its own.
+    """A key-value cache over a model; each sequence has a stream of its own. With `adapter`, all that it
+    reads and writes is under that one.
 
     Raises `ModelError` where llama.cpp cannot allocate it.
     """
@@ -260,13 +292,20 @@ class Context(_Handle):
                 f"no context of {shape.sequences} x {shape.tokens} tokens on {model.path}: {_why()}"
             )
         super().__init__(pointer, C.llama_free)
-        if adapter is not None:
-            adapters = (C.llama_adapter_lora_p_ctypes * 1)(adapter.pointer)
-            scales = (ctypes.c_float * 1)(1.0)
-            if C.llama_set_adapters_lora(pointer, adapters, 1, scales) != 0:
-                raise ModelError(f"{adapter.path} cannot be applied: {_why()}")
+        self._applied: Adapter | None = None
+        self.apply(adapter)
         self._memory = C.llama_get_memory(pointer)
         self._batch = _Batch(int(params.n_batch))
+
+    def apply(self, adapter: Adapter | None) -> None:
+        """Read and write with an adapter, or with none, from now on; what is cached stays as it is."""
+        if adapter is self._applied:
+            return
+        count = 0 if adapter is None else 1
+        adapters = (C.llama_adapter_lora_p_ctypes * 1)(adapter.pointer if adapter else None)
+        if C.llama_set_adapters_lora(self.pointer, adapters, count, (ctypes.c_float * 1)(1.0)) != 0:
+            raise ModelError(f"{self.model.path} cannot take the adapter: {_why()}")
+        self._applied = adapter
 
     def decode(self, rows: Sequence[tuple[int, int, Sequence[int], int]]) -> list[int]:
         """Feed tokens; a row is (sequence, position of its first token, tokens, wanted): of its last

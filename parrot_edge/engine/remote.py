@@ -22,7 +22,7 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from parrot_edge.engine.base import Reply, Request
+from parrot_edge.engine.base import Reply, Request, Session
 from parrot_edge.errors import EndpointError, ModelError, UsageError
 
 LONGEST_BACKOFF = 60.0
@@ -127,7 +127,7 @@ class RemoteEngine:
         return f"{self._url}#{self._model}" if self._model else self._url
 
     @asynccontextmanager
-    async def session(self) -> AsyncIterator[RemoteEngine]:
+    async def session(self, *, beside: Session | None = None) -> AsyncIterator[RemoteEngine]:
         """A new conversation; raises as `reply` does where the endpoint has to be asked for its model."""
         await self._choose_model()
         yield self

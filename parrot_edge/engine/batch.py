@@ -1,0 +1,463 @@
+"""Many conversations over one context, a decode at a time.
+
+A reply reads only what its conversation's cache does not hold yet: usually the other side's last
+message. Conversations that have something to read go first, so that as many as possible share
+each decode step; prompt and decode tokens stay in separate calls, since llama.cpp splits a mixed
+batch into many small ones. It also splits a batch at every gap between sequence numbers. So the
+sequences of a context are lanes: the replies under way always hold neighbouring ones, and a
+conversation's cache is copied to another lane, or into plain memory, where that takes room.
+A copy costs about what half a token costs, and any number of conversations can be open at once.
+
+A context without an adapter of its own can speak with several **activated** ones (arXiv 2504.12397):
+the base reads what was said before, and such an adapter only its invocation, which starts the reply,
+and the reply. What it made of these is forgotten when the next reply begins, so one cache serves the
+base and all of them.
+
+It knows nothing of roles or dialogues. All work on a context happens in one thread, step by step;
+between two steps the event loop runs until every awaiting coroutine has had its say, so the same
+calls give the same batches, and the same text, each time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from parrot_edge.engine.base import Reply, Request
+from parrot_edge.engine.native import Adapter, BufferPool, Context, Sampler, SavedSequence
+from parrot_edge.engine.template import ChatTemplate
+from parrot_edge.errors import ModelError
+
+_SETTLE_ROUNDS = 8
+"""Rounds of the event loop between two steps: a reply wakes its session, which wakes its dialogue,
+which may end, free its place and let the next one ask. Each takes a round or two."""
+
+_PATIENCE = 3
+"""How many times busier another side must be to be turned to."""
+
+_LIKE_LENGTH = 0.75
+"""Prompts share a decode when the shortest is at least this part of the longest: llama.cpp gives
+all sequences of one step the same number of tokens, and the rest goes into further, smaller steps."""
+
+
+@dataclass(eq=False)
+class Conversation:
+    """What has been said in a session, and what of it is cached where.
+
+    segments  texts with their tokens, in order; prompts and replies alternate
+    cached    how many of the tokens are in the cache
+    sound     how many of the cached ones hold what all sides would make of them
+    lane      the sequence of the context that holds the cache, or None
+    saved     the cache while it has no lane
+    """
+
+    segments: list[tuple[bytes, list[int]]] = field(default_factory=list)
+    cached: int = 0
+    sound: int = sys.maxsize
+    lane: int | None = None
+    saved: SavedSequence | None = None
+
+    @property
+    def length(self) -> int:
+        return sum(len(tokens) for _, tokens in self.segments)
+
+    def keep_prefix(self, prompt: bytes) -> bytes:
+        """Keep the segments that `prompt` starts with and return the rest of it."""
+        kept = offset = 0
+        for text, _ in self.segments:
+            if not prompt.startswith(text, offset):
+                break
+            kept, offset = kept + 1, offset + len(text)
+        del self.segments[kept:]
+        return prompt[offset:]
+
+
+@dataclass(eq=False)
+class _Job:
+    """A reply in the making.
+
+    adapter      the activated adapter that makes it, or None
+    active_from  place of the first token that the adapter reads
+    """
+
+    conversation: Conversation
+    request: Request
+    adapter: Adapter | None
+    future: asyncio.Future[Reply]
+    begun: bool = False
+    active_from: int = sys.maxsize
+    sampler: Sampler | None = None
+    unread: list[int] = field(default_factory=list)
+    made: list[int] = field(default_factory=list)
+    text: bytearray = field(default_factory=bytearray)
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    finish: str | None = None
+    error: Exception | None = None
+    shown: int = 0  # characters passed to on_text
+
+    @property
+    def lane(self) -> int:
+        assert self.conversation.lane is not None
+        return self.conversation.lane
+
+    @property
+    def activated(self) -> bool:
+        """Whether the adapter reads the next token."""
+        return self.conversation.cached >= self.active_from
+
+    @property
+    def stretch(self) -> list[int]:
+        """The unread tokens up to where the adapter begins, or to the end."""
+        left = self.active_from - self.conversation.cached
+        return self.unread[:left] if left > 0 else self.unread
+
+    def show_text(self) -> None:
+        """Pass on what is new, holding back what could still become a stop text."""
+        if self.request.on_text is None:
+            return
+        text = self.text.decode("utf-8", "ignore")
+        held = 0 if self.finish else max((len(stop) - 1 for stop in self.request.stop), default=0)
+        if len(text) - held > self.shown:
+            self.request.on_text(text[self.shown : len(text) - held])
+            self.shown = len(text) - held
+
+    def reply(self) -> Reply:
+        assert self.finish is not None
+        return Reply(
+            self.text.decode("utf-8", "ignore").replace("\0", ""),
+            self.finish,
+            prompt_tokens=self.prompt_tokens,
+            new_tokens=self.new_tokens,
+            completion_tokens=len(self.made),
+        )
+
+
+Side = tuple["Batcher", Adapter | None]
+"""A context and the adapter that it speaks with."""
+
+
+class Scheduler:
+    """The one worker that all contexts of a process share, so that they do not fight for its cores."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="llama")
+        self._batchers: list[Batcher] = []
+        self._current: Side | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    def add(self, batcher: Batcher) -> None:
+        self._batchers.append(batcher)
+
+    def remove(self, batcher: Batcher) -> None:
+        self._batchers.remove(batcher)
+        self._current = None
+        if not self._batchers:
+            self._pool.shutdown()
+
+    def wake(self) -> None:
+        """Make sure that the work is being done; called with each new job."""
+        if self._task is None or self._task.done():
+            self._task = asyncio.get_running_loop().create_task(self._run())
+
+    async def settle(self) -> None:
+        """Wait until no step is under way."""
+        await asyncio.get_running_loop().run_in_executor(self._pool, int)
+
+    async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
+        await _let_others_run()
+        while (side := self._choose()) is not None:
+            batcher, adapter = side
+            batcher.admit()
+            try:
+                await loop.run_in_executor(self._pool, batcher.step, adapter)
+            except Exception as error:  # whatever it is, those who wait must hear of it
+                batcher.fail(error)
+            batcher.deliver()
+            await _let_others_run()
+
+    def _choose(self) -> Side | None:
+        """Stay with a side while it keeps at least a third as many busy as the busiest: a switch
+        costs little, but a thin batch does, and a batch that is left fills up meanwhile."""
+        busy = {
+            (batcher, adapter): count
+            for batcher in self._batchers
+            for adapter, count in batcher.count_busy().items()
+        }
+        if not busy:
+            return None
+        busiest = max(busy, key=lambda side: busy[side])
+        if self._current is None or _PATIENCE * busy.get(self._current, 0) < busy[busiest]:
+            self._current = busiest
+        return self._current
+
+
+async def _let_others_run() -> None:
+    for _ in range(_SETTLE_ROUNDS):
+        await asyncio.sleep(0)
+
+
+class Batcher:
+    """A context, and the replies that are made on it; up to `shape.sequences` at once.
+
+    `exact` decodes each sequence by itself: slower, but then neither the number of conversations
+    nor their order changes a single bit of the text. Raises `ModelError` where the model's chat
+    template cannot be used.
+    """
+
+    def __init__(self, context: Context, scheduler: Scheduler, *, exact: bool = False) -> None:
+        model = context.model
+        if model.chat_template is None:
+            raise ModelError(f"{model.path} carries no chat template; take an instruct model")
+        self.context, self.model, self.exact = context, model, exact
+        self._template = ChatTemplate(model.chat_template, bos=model.bos, eos=model.eos, name=model.path.name)
+        self._scheduler = scheduler
+        self._lanes: list[Conversation | None] = [None] * context.shape.sequences
+        self._pool = BufferPool()
+        self._queue: list[_Job] = []  # replies that wait for a lane
+        self._jobs: list[_Job] = []  # replies under way, at most one for each lane
+        self._ended: list[Conversation] = []
+        self._pieces: dict[int, bytes] = {}
+        self.prompt_tokens_read = self.tokens_made = 0
+        scheduler.add(self)
+
+    def count_busy(self) -> Counter[Adapter | None]:
+        """Replies under way or waiting, by the adapter that makes them."""
+        return Counter(job.adapter for job in (*self._jobs, *self._queue))
+
+    def submit(
+        self, conversation: Conversation, request: Request, adapter: Adapter | None = None
+    ) -> asyncio.Future[Reply]:
+        """Queue a reply, to be made with an activated adapter or without; the future fails with
+        `ModelError` where none can be made."""
+        job = _Job(conversation, request, adapter, asyncio.get_running_loop().create_future())
+        self._queue.append(job)
+        self._scheduler.wake()
+        return job.future
+
+    def end(self, conversation: Conversation) -> None:
+        """Give up a conversation; its lane is freed at the next step."""
+        self._ended.append(conversation)
+
+    def render(self, request: Request) -> bytes:
+        """The prompt of a request as UTF-8 text, just up to where the reply begins."""
+        text = self._template.render(request.messages, request.next_role)
+        if self.model.adds_bos and not text.startswith(self.model.bos):
+            text = self.model.bos + text
+        return text.encode("utf-8")
+
+    def step(self, adapter: Adapter | None) -> None:
+        """One decode for the replies that an adapter, or none, makes: prompts that are to be read if
+        there are any, else a token for each."""
+        while self._ended:
+            self._leave_lane(self._ended.pop())
+        jobs = [job for job in self._jobs if job.adapter is adapter]
+        self._arrange([job.conversation for job in jobs])
+        for job in jobs:
+            if not job.begun:
+                job.begun = True
+                try:
+                    self._start(job)
+                except (
+                    Exception
+                ) as error:  # of this reply alone: a template, a grammar, half a surrogate pair
+                    job.error = error
+        batch = self._next_batch(jobs)
+        if not batch:
+            return
+        if adapter is not None or self.context.adapter is None:
+            self.context.apply(adapter if batch[0].activated else None)
+        rows = []
+        for job in batch:
+            tokens = job.stretch[: self.context.shape.batch]
+            rows.append((job.lane, job.conversation.cached, tokens, len(tokens) == len(job.unread)))
+        outputs = iter(self.context.decode(rows))
+        for job, (_, _, tokens, complete) in zip(batch, rows, strict=True):
+            job.conversation.cached += len(tokens)
+            del job.unread[: len(tokens)]
+            if complete:
+                self._take_token(job, next(outputs))
+
+    def admit(self) -> None:
+        """Take waiting replies in as lanes allow; runs in the event loop, between two steps."""
+        self._jobs = [job for job in self._jobs if not job.future.cancelled()]
+        room = self.context.shape.sequences - len(self._jobs)
+        self._jobs += self._queue[:room]
+        del self._queue[:room]
+
+    def _arrange(self, conversations: list[Conversation]) -> None:
+        """Move the conversations to neighbouring lanes, to those that most of them hold already."""
+        taken = {conversation.lane for conversation in conversations}
+        starts = range(len(self._lanes) - len(conversations) + 1)
+        first = max(starts, key=lambda start: sum(start + i in taken for i in range(len(conversations))))
+        block = range(first, first + len(conversations))
+        free = [lane for lane in block if lane not in taken]
+        for conversation in conversations:
+            if conversation.lane not in block:
+                self._move(conversation, free.pop(0))
+
+    def _move(self, conversation: Conversation, lane: int) -> None:
+        """Bring a conversation's cache into a lane; an idle one there takes its old lane, or plain memory."""
+        idle, old = self._lanes[lane], conversation.lane
+        for leaving in (idle, conversation):
+            if leaving is not None and leaving.lane is not None:
+                if leaving.cached:
+                    leaving.saved = self.context.save(leaving.lane, self._pool)
+                self._leave_lane(leaving)
+        self._enter_lane(conversation, lane)
+        if idle is not None and old is not None:
+            self._enter_lane(idle, old)
+
+    def _enter_lane(self, conversation: Conversation, lane: int) -> None:
+        self._lanes[lane], conversation.lane = conversation, lane
+        if conversation.saved is not None:
+            self.context.restore(lane, conversation.saved, self._pool)
+            conversation.saved = None
+
+    def _leave_lane(self, conversation: Conversation) -> None:
+        if conversation.lane is not None:
+            self.context.forget(conversation.lane)
+            self._lanes[conversation.lane] = None
+            conversation.lane = None
+
+    def _start(self, job: _Job) -> None:
+        """Find out what of the prompt is new, and drop from the cache what the prompt does not share."""
+        conversation, prompt = job.conversation, self.render(job.request)
+        rest = conversation.keep_prefix(prompt)
+        kept = conversation.length
+        if rest:
+            conversation.segments.append((rest, self.model.tokenize(rest)))
+        job.prompt_tokens = conversation.length
+        tokens = [token for _, tokens in conversation.segments for token in tokens]
+        if job.adapter is not None:
+            job.active_from = find_invocation(tokens, job.adapter)
+        keep = min(conversation.cached, conversation.sound, kept, job.active_from)
+        keep = min(keep, job.prompt_tokens - 1)  # the last is read for its logits
+        conversation.sound = job.active_from
+        if keep < conversation.cached:
+            if not self.context.forget(job.lane, keep):
+                self.context.forget(job.lane)
+                keep = 0
+            conversation.cached = keep
+        if job.prompt_tokens >= self.context.shape.tokens:
+            job.finish = "context"
+            return
+        job.unread = tokens[conversation.cached :]
+        job.new_tokens = len(job.unread)
+        self.prompt_tokens_read += job.new_tokens
+        job.sampler = Sampler(self.model, job.request.sampling, job.request.seed)
+
+    def _next_batch(self, jobs: list[_Job]) -> list[_Job]:
+        """The replies of the next decode; prompts come first, and of these what the base reads, longest
+        first, with others of like length."""
+        ready = [job for job in jobs if job.finish is None and job.error is None]
+        prompts = [job for job in ready if len(job.unread) > 1]
+        prompts = [job for job in prompts if not job.activated] or prompts
+        prompts.sort(key=lambda job: -len(job.stretch))
+        if self.exact:
+            return (prompts or ready)[:1]
+        if not prompts:
+            return sorted(ready, key=lambda job: job.lane)
+        room, longest = self.context.shape.batch, len(prompts[0].stretch)
+        batch: list[_Job] = []
+        for job in prompts:
+            length = len(job.stretch)
+            if batch and (length > room or length < _LIKE_LENGTH * longest):
+                break
+            batch.append(job)
+            room -= length
+        return sorted(batch, key=lambda job: job.lane)
+
+    def _take_token(self, job: _Job, output: int) -> None:
+        """Draw the reply's next token and see whether it ends the reply."""
+        assert job.sampler is not None
+        token = job.sampler.sample(self.context, output)
+        job.made.append(token)
+        self.tokens_made += 1
+        if self.model.ends_turn(token):
+            self._finish(job, "stop", job.made[:-1])
+            return
+        piece = self._pieces.get(token)
+        if piece is None:
+            piece = self._pieces[token] = self.model.piece(token)
+        job.text += piece
+        cut = _find_stop(job.text, len(piece), job.request.stop)
+        if cut is not None:
+            del job.text[cut:]
+            self._finish(job, "stop", job.made)
+        elif len(job.made) >= job.request.max_tokens:
+            self._finish(job, "length", job.made)
+        elif job.conversation.cached + 1 >= self.context.shape.tokens:
+            self._finish(job, "context", job.made)
+        else:
+            job.unread.append(token)
+
+    def _finish(self, job: _Job, why: str, tokens: list[int]) -> None:
+        """Record the reply; what of it is not in the cache is read with the next prompt."""
+        job.finish = why
+        if tokens:
+            text = b"".join(self._pieces[token] for token in tokens)
+            job.conversation.segments.append((text, list(tokens)))
+
+    def deliver(self) -> None:
+        """Hand out new text and finished replies; runs in the event loop, between two steps."""
+        for job in self._jobs:
+            if job.future.done():
+                continue
+            if job.error is not None:
+                job.future.set_exception(job.error)
+                continue
+            job.show_text()
+            if job.finish is not None:
+                job.future.set_result(job.reply())
+        for job in self._jobs:
+            if job.future.done() and job.sampler is not None:
+                job.sampler.close()
+        self._jobs = [job for job in self._jobs if not job.future.done()]
+
+    def fail(self, error: Exception) -> None:
+        """Fail every reply under way; the caches are forgotten."""
+        for job in (*self._jobs, *self._queue):
+            if not job.future.done():
+                job.future.set_exception(error)
+            self._leave_lane(job.conversation)
+            job.conversation.segments.clear()
+            job.conversation.cached = 0
+        self._queue.clear()
+
+    async def aclose(self) -> None:
+        """Wait for the step under way, then free the context; the model goes with its last one."""
+        await self._scheduler.settle()
+        self.close()
+
+    def close(self) -> None:
+        """Free the context; for use outside an event loop."""
+        self._scheduler.remove(self)
+        self.context.close()
+
+
+def find_invocation(tokens: Sequence[int], adapter: Adapter) -> int:
+    """Where the last invocation of an adapter begins; raises `ModelError` where there is none."""
+    mark = adapter.invocation
+    for start in range(len(tokens) - len(mark), -1, -1):
+        if list(tokens[start : start + len(mark)]) == mark:
+            return start
+    raise ModelError(
+        f"{adapter.path.name} does not answer here: the prompt holds none of the headers it was trained after"
+    )
+
+
+def _find_stop(text: bytearray, newest: int, stops: tuple[str, ...]) -> int | None:
+    """Where the first stop text begins that ends within the newest bytes, or None."""
+    found = []
+    for stop in stops:
+        mark = stop.encode("utf-8")
+        at = text.find(mark, max(0, len(text) - newest - len(mark) + 1))
+        if at >= 0:
+            found.append(at)
+    return min(found, default=None)
