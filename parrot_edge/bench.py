@@ -1,8 +1,9 @@
 """How fast dialogues are made: this engine, its limit, and what else runs the same file.
 
 Every way gets the same openings, prompts, sampling and token limits; both sides are the same
-model, prompted to continue as the user or as the assistant. A dialogue has `turns` questions and
-answers; nothing ends it earlier, so all ways make about as many tokens.
+model, prompted to continue as the user or as the assistant, or Ask is an activated adapter over it. A
+dialogue has `turns` questions and answers; nothing ends it earlier, so all ways make about as many
+tokens.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ class Shape:
 class Result:
     """A way of running the shape: tokens made and seconds taken.
 
-    read  prompt tokens decoded over prompt tokens that were new to their side, or None
+    read  prompt tokens decoded over prompt tokens that were new to their side, or None; below 1 where
+          a side finds in the cache what the other one has read
     """
 
     way: str
@@ -89,14 +91,21 @@ def measure_limit(path: Path, shape: Shape) -> Rates:
     return measure_rates(path, sequences=shape.parallel, threads=shape.threads, seconds=3.0)
 
 
-def measure_engine(path: Path, shape: Shape, openings: list[str], *, contexts: int) -> Result:
-    """This engine, with a context for each side (as with an adapter) or one that both share."""
+def measure_engine(
+    path: Path, shape: Shape, openings: list[str], *, contexts: int = 1, adapter: Path | None = None
+) -> Result:
+    """This engine with one context for both sides, Ask being an activated adapter or none, or with two."""
 
     async def run() -> Result:
         scheduler = Scheduler()
         with Model(path) as model:
             form = ContextShape(shape.parallel, shape.context, shape.threads)
-            engines = [LlamaEngine(Batcher(Context(model, form), scheduler)) for _ in range(contexts)]
+            batchers = [Batcher(Context(model, form), scheduler) for _ in range(contexts)]
+            lora = model.load_adapter(adapter) if adapter else None
+            engines = {
+                "assistant": LlamaEngine(batchers[0]),
+                "user": LlamaEngine(batchers[-1], adapter=lora),
+            }
             sessions: dict[tuple[int, str], Session] = {}
             heard: dict[tuple[int, str], int] = {}
             new = 0
@@ -105,25 +114,25 @@ def measure_engine(path: Path, shape: Shape, openings: list[str], *, contexts: i
 
                 async def say(index: int, messages: list[Message], role: str) -> str:
                     nonlocal new
-                    side = role if contexts == 2 else "both"
-                    if (index, side) not in sessions:
-                        engine = engines[-1] if side == "user" else engines[0]
-                        sessions[index, side] = await stack.enter_async_context(engine.session())
+                    if (index, role) not in sessions:
+                        beside = sessions.get((index, "assistant"))  # which speaks first
+                        session = engines[role].session(beside=beside)
+                        sessions[index, role] = await stack.enter_async_context(session)
                     request = _request(shape, index, messages, role)
-                    reply = await sessions[index, side].reply(request)
-                    new += reply.prompt_tokens - heard.get((index, side), 0)
-                    heard[index, side] = reply.prompt_tokens + reply.completion_tokens
+                    reply = await sessions[index, role].reply(request)
+                    new += reply.prompt_tokens - heard.get((index, role), 0)
+                    heard[index, role] = reply.prompt_tokens + reply.completion_tokens
                     return reply.text
 
                 began = time.perf_counter()
                 await _talk_all(shape, openings, say, shape.parallel)
                 seconds = time.perf_counter() - began
-            made = sum(engine.batcher.tokens_made for engine in engines)
-            read = sum(engine.batcher.prompt_tokens_read for engine in engines)
-            for engine in engines:
-                await engine.aclose()
-        way = "parrot, a context for each side" if contexts == 2 else "parrot, one context for both"
-        return Result(way, made, seconds, read / new)
+            made = sum(batcher.tokens_made for batcher in batchers)
+            read = sum(batcher.prompt_tokens_read for batcher in batchers)
+            for batcher in batchers:
+                await batcher.aclose()
+        way = "parrot, one context for both sides" if contexts == 1 else "parrot, a context for each side"
+        return Result(_name(way, adapter), made, seconds, read / new)
 
     return asyncio.run(run())
 
@@ -180,7 +189,9 @@ def find_llama_server(name: str | None = None) -> Path | None:
     return Path(found) if found else None
 
 
-def measure_llama_server(server: Path, path: Path, shape: Shape, openings: list[str]) -> Result:
+def measure_llama_server(
+    server: Path, path: Path, shape: Shape, openings: list[str], *, adapter: Path | None = None
+) -> Result:
     """llama-server with a slot per dialogue, its prompt cache on, and as many asynchronous clients."""
     with Model(path, vocab_only=True) as model:
         template = _template(model)
@@ -194,6 +205,7 @@ def measure_llama_server(server: Path, path: Path, shape: Shape, openings: list[
                 nonlocal made
                 request = _request(shape, index, messages, role)
                 sampling = request.sampling
+                lora = {"lora": [{"id": 0, "scale": float(role == "user")}]} if adapter else {}
                 answer = await client.completions.create(
                     model="-",
                     prompt=template.render(messages, role),
@@ -207,6 +219,7 @@ def measure_llama_server(server: Path, path: Path, shape: Shape, openings: list[
                         "repeat_penalty": sampling.repeat_penalty,
                         "id_slot": index % shape.parallel,
                         "cache_prompt": True,
+                        **lora,
                     },
                 )
                 made += answer.usage.completion_tokens if answer.usage else 0
@@ -216,13 +229,17 @@ def measure_llama_server(server: Path, path: Path, shape: Shape, openings: list[
             await _talk_all(shape, openings, say, shape.parallel)
             return time.perf_counter() - began
 
-    with _llama_server(server, path, shape) as url:
+    with _llama_server(server, path, shape, adapter) as url:
         seconds = asyncio.run(run(url))
-    return Result(f"llama-server, {shape.parallel} slots and clients", made, seconds)
+    return Result(_name(f"llama-server, {shape.parallel} slots and clients", adapter), made, seconds)
+
+
+def _name(way: str, adapter: Path | None) -> str:
+    return f"{way}, Ask an adapter" if adapter else way
 
 
 @contextlib.contextmanager
-def _llama_server(server: Path, path: Path, shape: Shape) -> Iterator[str]:
+def _llama_server(server: Path, path: Path, shape: Shape, adapter: Path | None) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -230,6 +247,7 @@ def _llama_server(server: Path, path: Path, shape: Shape) -> Iterator[str]:
         *(str(server), "-m", str(path), "--host", "127.0.0.1", "--port", str(port)),
         *("-np", str(shape.parallel), "-c", str(shape.parallel * shape.context)),
         *("-t", str(shape.threads), "-tb", str(shape.threads)),
+        *(("--lora", str(adapter)) if adapter else ()),
     ]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:

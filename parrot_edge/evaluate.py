@@ -439,13 +439,10 @@ async def simulate_dialogues(
     ask: Speaker, chat: Speaker, seeds: Sequence[Seed], settings: RunSettings
 ) -> dict[str, Any]:
     """How dialogues go. Every message that Ask draws counts, also one that is drawn again."""
-    native = ask.ask_prompt.native
-    overheard = _Overheard(ask.engine, "user" if native else "assistant")
-    if native and chat.engine is ask.engine:  # then both sides share a session
-        chat = replace(chat, engine=overheard)
+    overheard = _Overheard(ask.engine)
     rows: list[dict[str, Any]] = []
     await Run(replace(ask, engine=overheard), chat, settings, RowsOnly(rows.append)).over(iter(seeds))
-    talks = [drawn for drawn in overheard.drawn if drawn]  # Chat may have had sessions of its own
+    talks = [drawn for drawn in overheard.drawn if drawn]
     resampling, members = Resampling.of(len(talks), settings.seed)
     messages = [(text, member) for member, drawn in zip(members, talks, strict=True) for text in drawn]
     wrong = resampling.share(
@@ -467,18 +464,18 @@ async def simulate_dialogues(
 
 
 class _Overheard:
-    """An engine whose replies in one role are noted, in a list for each session."""
+    """An engine whose replies are noted, in a list for each session."""
 
-    def __init__(self, engine: Engine, role: str) -> None:
-        self._engine, self._role = engine, role
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
         self.name, self.writes_any_role, self.metadata = engine.name, engine.writes_any_role, engine.metadata
         self.drawn: list[list[str]] = []
 
     @asynccontextmanager
-    async def session(self) -> AsyncIterator[Session]:
-        async with self._engine.session() as session:
+    async def session(self, *, beside: Session | None = None) -> AsyncIterator[Session]:
+        async with self._engine.session(beside=beside) as session:
             self.drawn.append([])
-            yield _OverheardSession(session, self._role, self.drawn[-1])
+            yield _OverheardSession(session, self.drawn[-1])
 
     async def aclose(self) -> None:
         await self._engine.aclose()
@@ -487,12 +484,11 @@ class _Overheard:
 @dataclass(frozen=True)
 class _OverheardSession:
     session: Session
-    role: str
     drawn: list[str]
 
     async def reply(self, request: Request) -> Reply:
         reply = await self.session.reply(request)
-        if request.next_role == self.role and reply.finish != "context":
+        if reply.finish != "context":
             self.drawn.append(reply.text.strip())
         return reply
 

@@ -25,7 +25,7 @@ FAITHFUL_TYPES = ("Q8_0", "F16")
 divergence of 0.005 and 0.003 nats a token. Q4_0 is faster still on some machines, but at 0.32 nats
 and 24 % more perplexity it is another model."""
 
-_MOST_TIMED = 8  # sequences; the order of the types stays the same with more
+_MOST_TIMED = 16  # sequences, as many as a run has by default; more would only take longer
 _TIE = 0.97  # of the best speed; a smaller file that reaches it is taken
 
 
@@ -49,9 +49,9 @@ def choose_file(
     """The fastest file for a model that still says what the model says.
 
     A model that the user named is taken as it is. Of the embedded one the `FAITHFUL_TYPES` are
-    derived and timed beside the shipped file, once for a machine and about so many `sequences`
-    (some seconds, announced through `say`); the choice is kept, and made
-    `again` on demand only. Without a writable cache the shipped file serves.
+    derived and timed beside the shipped file, once for a machine and about so many `sequences`, 16 at
+    most (some ten seconds, announced through `say`); the choice is kept, and made `again` on demand
+    only. Without a writable cache the shipped file serves.
     """
     source = Choice(model.path, _type_of(model.path), "the file that was named is taken as it is")
     if model.path != embedded_path():
@@ -134,8 +134,24 @@ def _derive(source: Path, target: Path) -> None:
         with open(partial, "rb+") as file:
             os.fsync(file.fileno())  # whole, or not there, after a power cut as well
         os.replace(partial, target)
+        _remove_outdated(source, target)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _remove_outdated(source: Path, target: Path) -> None:
+    """Remove what was derived from an older source of that name, or by another llama.cpp, than `target`.
+
+    A process that has such a file open can go on reading it.
+    """
+    types = "|".join(FAITHFUL_TYPES)
+    derived = re.compile(rf"({re.escape(source.stem)}-[0-9a-f]{{12}}-.+-)({types})\.gguf(\.partial)?")
+    origin = target.name.removesuffix(f"{_type_of(target)}.gguf")
+    for path in target.parent.iterdir():
+        match = derived.fullmatch(path.name)
+        if match and match[1] != origin:
+            with contextlib.suppress(OSError):  # it is in nobody's way
+                path.unlink()
 
 
 def _type_of(path: Path) -> str:

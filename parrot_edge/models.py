@@ -30,7 +30,10 @@ from parrot_edge.store import config_dir, write_json
 EMBEDDED = "smollm2"
 """Short name of the model that comes with the installation."""
 
-DEFAULTS = {"ask": EMBEDDED, "chat": EMBEDDED}
+ASK_ADAPTER = Path(__file__).parent / "adapters" / "ask-smollm2.gguf"
+"""The shipped adapter that makes an Ask of the embedded model."""
+
+DEFAULTS = {"ask": f"{EMBEDDED}+{ASK_ADAPTER}", "chat": EMBEDDED}
 """What the two sides are where nothing else is said; a user's own names take precedence."""
 
 

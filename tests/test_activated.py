@@ -58,7 +58,8 @@ def reference(path: Path, adapter: Path, history: str, start: str, count: int) -
     """What llama.cpp writes after `start`, read with the adapter, when it read `history` without; greedy."""
     with Model(path) as model, Context(model, ContextShape(1, 512, 1)) as context:
         before, tokens = model.tokenize(history.encode()), model.tokenize(start.encode())
-        context.decode([(0, 0, before, False)])
+        if before:
+            context.decode([(0, 0, before, False)])
         context.apply(model.load_adapter(adapter))
         position, made = len(before), b""
         for _ in range(count):

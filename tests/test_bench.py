@@ -19,7 +19,8 @@ def test_the_engine_makes_every_message_and_reads_little_twice(embedded_model, c
     messages = SHAPE.dialogues * (2 * SHAPE.turns - 1)
     assert messages <= result.tokens <= messages * SHAPE.max_tokens
     assert result.rate == pytest.approx(result.tokens / result.seconds)
-    assert 1.0 <= result.read < 1.6  # a cut message's last token counts as read, which shows at 8 tokens
+    # Of a cut message the last token is read with the next prompt, which shows at 8 tokens
+    assert (0 < result.read < 0.7) if contexts == 1 else (1.0 <= result.read < 1.6)
 
 
 def test_two_llama_objects_make_as_many_messages(embedded_model):

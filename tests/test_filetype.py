@@ -66,7 +66,7 @@ def test_fastest_faithful_type_is_chosen_and_says_why(bench: Bench, home: Path) 
     assert choice.path.parent == home / "cache" / "derived"
     assert choice.path.read_bytes() == b"GGUF Q8_0"
     assert choice.reason == (
-        "133 tokens/s of dialogue against 67 (Q4_1) and 100 (F16), with 2 threads and 8 sequences"
+        "133 tokens/s of dialogue against 67 (Q4_1) and 100 (F16), with 2 threads and 16 sequences"
     )
 
 
@@ -75,7 +75,7 @@ def test_choice_is_made_once_for_about_so_many_sequences(bench: Bench) -> None:
     assert choose(13) == choose(64) == first
     assert len(bench.timed) == 3
     choose(1)
-    assert [row[1] for row in bench.timed] == [8, 8, 8, 1, 1, 1]
+    assert [row[1] for row in bench.timed] == [16, 16, 16, 1, 1, 1]
     assert bench.derived == ["Q8_0", "F16"]
 
 
@@ -99,6 +99,26 @@ def test_derived_file_that_was_deleted_is_made_again(bench: Bench) -> None:
     assert choose() == choice
     assert choice.path.read_bytes() == b"GGUF Q8_0"
     assert bench.derived == ["Q8_0", "F16", "Q8_0"]
+
+
+def test_files_of_an_older_source_are_removed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = choose().path
+    others = [
+        old.with_name(name) for name in ("choices.json", "shipped.Q4_1-mine-F16.gguf", "other-F16.gguf")
+    ]
+    others.append(old.with_name(f"another-{old.name}"))
+    for path in others[1:]:
+        path.write_bytes(b"mine")
+    with open(old, "rb") as in_use:
+        filetype.embedded_path().write_bytes(b"GGUF shipped anew")
+        new = choose().path
+        assert in_use.read() == b"GGUF Q8_0"
+    left = {new, new.with_name(new.name.replace("Q8_0", "F16")), *others, old.with_name(".lock")}
+    assert set(old.parent.iterdir()) == left
+    monkeypatch.setattr(native, "llama_version", lambda: "99.0")
+    newer = choose().path
+    assert newer.exists()
+    assert not new.exists()
 
 
 def test_killed_derivation_leaves_no_file_to_trust(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,7 +49,8 @@ def test_embedded_model_is_found_without_importing_its_package() -> None:
 
 
 def test_ask_and_chat_are_the_embedded_model_by_default() -> None:
-    assert parse_model("ask") == parse_model("chat") == parse_model("smollm2")
+    assert parse_model("chat") == parse_model("smollm2")
+    assert parse_model("ask") == parse_model(f"smollm2+{models.ASK_ADAPTER}")
 
 
 def test_path_is_a_model_and_its_name_holds_no_directory(base: Path) -> None:
@@ -149,7 +150,7 @@ def test_default_is_replaced_and_comes_back(base: Path) -> None:
     models.add_model("ask", str(base))
     assert parse_model("ask") == LocalModel("base.gguf", base)
     models.remove_model("ask")
-    assert parse_model("ask") == parse_model("smollm2")
+    assert parse_model("ask") == parse_model(f"smollm2+{models.ASK_ADAPTER}")
 
 
 def test_own_name_may_stand_for_an_endpoint_or_for_what_another_name_means() -> None:

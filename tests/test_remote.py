@@ -528,6 +528,18 @@ def test_requests_in_flight_are_bounded() -> None:
     assert server.most_open == 3
 
 
+def test_any_number_of_sessions_can_be_open() -> None:
+    async def talk() -> list[str]:
+        async with Server(OK) as server:
+            engine: Engine = RemoteEngine(server.url, "m", parallel=1)
+            async with asyncio.timeout(5), engine.session() as ask, engine.session() as chat:
+                texts = [(await side.reply(REQUEST)).text for side in (ask, chat, ask)]
+            await engine.aclose()
+            return texts
+
+    assert len(asyncio.run(talk())) == 3
+
+
 @pytest.mark.parametrize(
     ("answer", "on_text"),
     [(hang, None), (fail(429, "later", Retry_After="60"), None), (stream(chunk("a"), then=hang), print)],

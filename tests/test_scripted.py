@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
@@ -65,24 +66,31 @@ def test_user_role_is_refused_where_it_is_not_written() -> None:
     assert ask(engine, REQUEST)[0].text == "two"
 
 
-def test_open_sessions_are_bounded() -> None:
+def test_replies_under_way_are_bounded() -> None:
     engine = ScriptedEngine(lambda request: "x", parallel=3)
-    count = most = 0
 
-    async def one() -> None:
-        nonlocal count, most
-        async with engine.session() as session:
-            count += 1
-            most = max(most, count)
-            await session.reply(REQUEST)
-            count -= 1
+    async def made_by_round() -> list[int]:
+        """How many replies there are after each round of the event loop."""
+        replies = [asyncio.ensure_future(engine.reply(REQUEST)) for _ in range(7)]
+        made = []
+        while not all(reply.done() for reply in replies):
+            await asyncio.sleep(0)
+            made.append(len(engine.history))
+        return made
 
-    async def all_of_them() -> None:
-        await asyncio.gather(*[one() for _ in range(10)])
+    made = [0, *asyncio.run(made_by_round())]
+    assert max(later - earlier for earlier, later in pairwise(made)) == 3
+    assert made[-1] == 7
 
-    asyncio.run(all_of_them())
-    assert most == 3
-    assert len(engine.history) == 10
+
+def test_any_number_of_sessions_can_be_open() -> None:
+    engine = ScriptedEngine(["as Ask", "as Chat"], parallel=1)
+
+    async def talk() -> list[str]:
+        async with asyncio.timeout(5), engine.session() as ask, engine.session() as chat:
+            return [(await side.reply(REQUEST)).text for side in (ask, chat)]
+
+    assert asyncio.run(talk()) == ["as Ask", "as Chat"]
 
 
 def test_closed_engine_fails() -> None:

@@ -1,6 +1,7 @@
 """Chat templates: headers for any role, and templates that misbehave."""
 
 import time
+import tracemalloc
 
 import pytest
 
@@ -59,11 +60,78 @@ def test_a_prompt_grows_only_at_its_end():
         ("{{ 'x' * 10 ** 9 }}", "beyond all bounds"),
         ("{{ 9 ** 9 ** 9 }}", "beyond all bounds"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "does not end"),
+        ("{{ '%999999999d' % 1 }}", "formats a text"),
+        ("{{ '{:999999999}'.format(1) }}", "'format' .* unsafe"),
+        ("{{ ''['ljust'](10 ** 9) }}", "'ljust' .* unsafe"),
+        ("{{ 'x'.center(10 ** 9) }}", "'center' .* unsafe"),
+        ("{{ namespace(x=1) }}", "writes out a Namespace"),
     ],
 )
 def test_a_template_that_misbehaves_is_a_model_error(source, word):
     with pytest.raises(ModelError, match=word):
         ChatTemplate(source).render([Message("assistant", "out of turn")])
+
+
+GROWING = [
+    "{% set ns.x = ns.x + ns.x %}",
+    "{% set ns.x = ns.x ~ ns.x %}",
+    "{% set ns.x = ns.x * 2 %}",
+    "{% set ns.x = [ns.x, ns.x]|join %}",
+    "{% set ns.x = ns.x.join('abc') %}",
+    "{% set ns.x = 'abc'|join(ns.x) %}",
+    "{% set ns.x = ns.x.replace('a', 'aa') %}",
+    "{% set ns.x = ns.x|replace('a', ns.x) %}",
+    "{% set ns.x %}{{ ns.x }}{{ ns.x }}{% endset %}",
+    "{% set ns.x = twice(ns.x) %}",
+    "{% set ns.list = ns.list + ns.list %}",
+    "{% set ns.list = ns.list + [ns.x[i:] + ns.x] %}{% set ns.x = ns.x + 'aaaaa' * 9999 %}",
+    "{% set ns.list = ns.list + [ns.x[1:]] %}{% if i < 12 %}{% set ns.x = ns.x + ns.x %}{% endif %}",
+    "{% set ns.list = [ns.list, ns.list] %}{% if i > 30 %}{{ ns.list }}{% endif %}",
+    "{% set ns.list = [ns.list, ns.list] %}{% if i > 30 %}{{ ns.list|tojson }}{% endif %}",
+    "{% set ns.list = [ns.list, ns.list] %}{% if i > 30 %}{{ ns.list|string|length }}{% endif %}",
+    "{% set ns.x = ns.x|indent(10 ** 6) + '\\n' * 1000 %}",
+    "{% set ns.x = ns.x|tojson|tojson %}",
+    "{% set ns.list = range(99999)|list %}{% set ns.x = ns.x ~ ns.list %}",
+]
+
+
+@pytest.mark.parametrize("step", GROWING)
+def test_a_template_cannot_fill_the_memory(step):
+    source = (
+        "{% macro twice(x) %}{{ x }}{{ x }}{% endmacro %}"
+        "{% set ns = namespace(x='a' * 1000, list=['a']) %}"
+        "{% for i in range(4000) %}" + step + "{% endfor %}"
+    )
+    tracemalloc.start()
+    try:
+        with pytest.raises(ModelError, match=r"beyond all bounds|does not end"):
+            ChatTemplate(source).render([Message("user", "hi")])
+        assert tracemalloc.get_traced_memory()[1] < 300_000_000
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("filter_name", ["center(10 ** 9)", "format(1)", "wordwrap(1, wrapstring='x')"])
+def test_filters_that_pad_are_not_there(filter_name):
+    with pytest.raises(ModelError, match="No filter named"):
+        ChatTemplate("{{ 'x'|" + filter_name + " }}")
+
+
+def test_what_templates_do_with_texts_is_still_there():
+    source = (
+        "{% for m in messages[1:] %}{{ m.role|upper ~ ': ' ~ m.content.split('|')|join(', ') }};{% endfor %}"
+        "{{ {'a': [1, none]}|tojson(indent=1) }}{{ messages|map(attribute='role')|join('+') }}"
+        "{{ '-'.join(['a', 'b'])|replace('-', '+') }}{{ 7 % 4 }}{{ missing }}{{ 'é'|tojson }}"
+    )
+    text = ChatTemplate(source).render([Message("system", "s"), Message("user", "a|b")])
+    assert text == 'USER: a, b;{\n "a": [\n  1,\n  null\n ]\n}system+usera+b3"é"'
+
+
+def test_a_long_conversation_is_no_misuse():
+    messages = [Message("user", "x" * 1_000_000), Message("assistant", "y" * 1_000_000)] * 2
+    text = ChatTemplate(CHATML).render(messages)
+    assert len(text) > 4_000_000
+    assert ChatTemplate(CHATML).render(messages) == text
 
 
 def test_a_template_that_does_not_compile_is_a_model_error():

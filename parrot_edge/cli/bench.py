@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import statistics
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import click
@@ -20,6 +23,13 @@ from parrot_edge.seeds import builtin_path
 @click.option(
     "--model", default="chat", show_default=True, metavar="MODEL", help="The file that every way runs."
 )
+@click.option(
+    "--ask",
+    default="ask",
+    show_default=True,
+    metavar="MODEL",
+    help="If it is an activated adapter over that file, the pair is measured as well.",
+)
 @click.option("--dialogues", type=click.IntRange(1), default=32, show_default=True, help="Dialogues in all.")
 @click.option(
     "--parallel", type=click.IntRange(1, 64), default=16, show_default=True, help="Dialogues at once."
@@ -29,16 +39,25 @@ from parrot_edge.seeds import builtin_path
     "--max-tokens", type=click.IntRange(1), default=96, show_default=True, help="Tokens of a message."
 )
 @click.option("--threads", type=click.IntRange(1), help="CPU threads of every way.")
+@click.option(
+    "--rounds",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Run every way so often, in turn; the median counts.",
+)
 @click.option("--baseline", metavar="MODEL", help="Run the two Llama objects on this file instead.")
 @click.option("--llama-server", "server", metavar="PATH", help="The binary.  [default: the one on the PATH]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def bench(
     model: str,
+    ask: str,
     dialogues: int,
     parallel: int,
     turns: int,
     max_tokens: int,
     threads: int | None,
+    rounds: int,
     baseline: str | None,
     server: str | None,
     as_json: bool,
@@ -60,28 +79,36 @@ def bench(
     openings = [seed.messages[-1].content for seed in Intake(str(builtin_path())).seeds() if seed.messages]
     path = _file(model, parallel, threads)
     binary = ways.find_llama_server(server)
+    baseline_path = _file(baseline or model, parallel, threads)
+    adapter = _adapter(ask, path, parallel, threads)
+    runs: list[Callable[[], ways.Result]] = []
+    for lora in dict.fromkeys((None, adapter)):
+        runs.append(partial(ways.measure_engine, path, shape, openings, adapter=lora))
+        if binary is not None:
+            runs.append(partial(ways.measure_llama_server, binary, path, shape, openings, adapter=lora))
+    runs.append(partial(ways.measure_engine, path, shape, openings, contexts=2))
+    runs.append(partial(ways.measure_two_llamas, baseline_path, shape, openings))
     limit = ways.measure_limit(path, shape)
     results: list[ways.Result] = []
-
-    def report(result: ways.Result) -> None:
-        results.append(result)
-        if not as_json:
-            click.echo(_line(result.way, result.rate, limit.exchange, result.read))
-
     if not as_json:
         click.echo(
             f"{path.name}: {dialogues} dialogues of {turns} turns, {parallel} at once, {threads} threads"
         )
         click.echo(f"best rates: {limit.decode:.0f} tokens/s written, {limit.prompt:.0f} read\n")
-        click.echo(f"{'':42}{'tokens/s':>10}{'of limit':>10}{'read':>8}")
+        click.echo(f"{'':52}{'tokens/s':>10}{'of limit':>10}{'read':>8}")
         click.echo(_line("limit: write once, read once", limit.exchange, limit.exchange, 1.0))
-    report(ways.measure_engine(path, shape, openings, contexts=2))
-    report(ways.measure_engine(path, shape, openings, contexts=1))
-    if binary is not None:
-        report(ways.measure_llama_server(binary, path, shape, openings))
-    elif not as_json:
+    for run in runs * rounds:
+        result = run()
+        results.append(result)
+        if not as_json:
+            click.echo(_line(result.way, result.rate, limit.exchange, result.read))
+    if rounds > 1 and not as_json:
+        click.echo(f"\nmedians of {rounds} rounds")
+        for way in dict.fromkeys(result.way for result in results):
+            rate = statistics.median(result.rate for result in results if result.way == way)
+            click.echo(_line(way, rate, limit.exchange, None))
+    if binary is None and not as_json:
         click.echo("llama-server is not on the PATH and is left out")
-    report(ways.measure_two_llamas(_file(baseline or model, parallel, threads), shape, openings))
     if as_json:
         rows = [{**asdict(result), "rate": result.rate} for result in results]
         rates = {**asdict(limit), "exchange": limit.exchange}
@@ -89,7 +116,17 @@ def bench(
 
 
 def _line(way: str, rate: float, limit: float, read: float | None) -> str:
-    return f"{way:42}{rate:10.0f}{rate / limit:10.2f}" + (f"{read:8.2f}" if read is not None else "")
+    return f"{way:52}{rate:10.0f}{rate / limit:10.2f}" + (f"{read:8.2f}" if read is not None else "")
+
+
+def _adapter(text: str, path: Path, parallel: int, threads: int) -> Path | None:
+    """The activated adapter of a MODEL over this very file, if it has one."""
+    from parrot_edge.engine.native import is_activated
+
+    model = options.find_model(text, parallel=parallel, threads=threads)
+    if isinstance(model, RemoteModel) or model.adapter is None or model.path != path:
+        return None
+    return model.adapter if is_activated(model.adapter) else None
 
 
 def _file(text: str, parallel: int, threads: int) -> Path:

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 
-from parrot_edge.engine.base import Reply, Request
+from parrot_edge.engine.base import Reply, Request, Session
 from parrot_edge.errors import ModelError, UsageError
 
 
@@ -17,7 +17,7 @@ class ScriptedEngine:
 
     script           texts, `Reply`s, or exceptions to be raised, given out in the order in which they
                      are asked for, over all sessions; or a function that makes a reply from a request
-    parallel         most sessions open at once, >= 1
+    parallel         most replies under way at once, >= 1
     writes_any_role  whether `next_role="user"` is answered; settable at any time, as is `metadata`
 
     `history` holds every request, in order. A text is a reply that ended with "stop" and cost no
@@ -43,7 +43,7 @@ class ScriptedEngine:
         writes_any_role: bool = True,
     ) -> None:
         if parallel < 1:
-            raise UsageError(f"parallel is {parallel}; at least 1 session has to fit")
+            raise UsageError(f"parallel is {parallel}; at least 1 reply has to be under way")
         self.name = name
         self.writes_any_role = writes_any_role
         self.metadata: dict[str, str] = {}
@@ -53,18 +53,25 @@ class ScriptedEngine:
         self._closed = False
 
     @asynccontextmanager
-    async def session(self) -> AsyncIterator[ScriptedEngine]:
-        """A new conversation; entering waits while `parallel` others are open."""
-        async with self._room:
-            yield self
+    async def session(self, *, beside: Session | None = None) -> AsyncIterator[ScriptedEngine]:
+        """A new conversation; any number can be open."""
+        yield self
 
     async def reply(self, request: Request) -> Reply:
-        """The next reply of the script.
+        """The next reply of the script; waits while `parallel` others are under way.
 
         Raises the script's exception where one is due, and `ModelError` where the script is at its
         end, the engine is closed, or the role is one that it does not write.
         """
-        await asyncio.sleep(0)  # other conversations get their turn, as with a real engine
+        async with self._room:
+            await asyncio.sleep(0)  # other conversations get their turn, as with a real engine
+            return self._reply(request)
+
+    async def aclose(self) -> None:
+        """Later replies raise `ModelError`."""
+        self._closed = True
+
+    def _reply(self, request: Request) -> Reply:
         if self._closed:
             raise ModelError(f"{self.name} has been closed")
         if request.next_role != "assistant" and not self.writes_any_role:
@@ -78,10 +85,6 @@ class ScriptedEngine:
             for piece in re.findall(r"\s*\S+|\s+", reply.text):
                 request.on_text(piece)
         return reply
-
-    async def aclose(self) -> None:
-        """Later replies raise `ModelError`."""
-        self._closed = True
 
 
 def _queue(items: Iterable[str | Reply | Exception]) -> Callable[[Request], str | Reply | Exception]:

@@ -32,6 +32,12 @@ def write_card(path: Path, recipe: TrainRecipe, record: dict[str, Any]) -> None:
         f"| {name} | {_figure(measures['before'].get(name))} | {_figure(value)} |"
         for name, value in measures["after"].items()
     ]
+    activation = ""
+    if record["invocation"]:
+        activation = (
+            "\n\nIt is an activated LoRA (arXiv 2504.12397): the base alone reads what was said before, and\n"
+            f"the adapter starts with the header of the turn that it writes, tokens {record['invocation']}."
+        )
     text = f"""# {recipe.name}
 
 A LoRA adapter that {_ROLES[recipe.role]}. Trained by `parrot train` with the recipe in `recipe.yaml`;
@@ -50,7 +56,7 @@ The adapter belongs to this very file: over another quantisation of the same mod
 {_list({key: json.dumps(value, ensure_ascii=False) for key, value in prompt.items()})}
 
 The model is asked for a turn by a prompt that ends in that turn's header, and ends it by what closes
-the turn. A user turn that holds nothing but the end marker ends the dialogue.
+the turn. A user turn that holds nothing but the end marker ends the dialogue.{activation}
 
 ## Data
 

@@ -163,6 +163,10 @@ def estimate_memory(
     # Kept per token and block: inputs of the norms, projections and the attention (about 22 times
     # the hidden size), and around the gate (about 6 times the inner size). With checkpointing only
     # a block's input stays, and one block at a time is whole.
+    # An activated adapter keeps them for its turns alone, and the keys and values of the line.
+    read = 0
+    if recipe.lora.activated:
+        read, tokens = 2 * tokens * shape.hidden * shape.layers * width, targets
     block = tokens * (22 * shape.hidden + 6 * shape.intermediate) * width
     kept = tokens * shape.hidden * width * shape.layers + 2 * block
     activations = kept if recipe.optim.checkpointing else shape.layers * block
@@ -171,7 +175,7 @@ def estimate_memory(
     # A 4-bit matrix is expanded while it is used
     expanded = shape.hidden * shape.intermediate * width * 2 if nf4 else 0
     twice = 2 if recipe.objective == "dpo" else 1  # chosen and rejected side by side
-    return int(weights + adapter + twice * (activations + logits) + expanded + RUNTIME_BYTES[device])
+    return int(weights + adapter + twice * (activations + read + logits) + expanded + RUNTIME_BYTES[device])
 
 
 def make_plan(
@@ -217,15 +221,21 @@ def make_plan(
         available = int(inspect_machine().memory_available * MEMORY_SHARE)
     tokens = sum(lengths)
     passes = 3 if recipe.optim.checkpointing else 2
-    head = shape.hidden * shape.vocab * sum(learned) / max(tokens, 1)  # learned tokens alone need logits
-    flops = 2 * (shape.linear + 3 * shape.trained + head)  # a token forward
-    trained = tokens * steps / updates / processes
-    seconds = (trained * passes + 2 * held_out) * flops / (measure_speed(device, dtype, shape) * EFFICIENCY)
+    targets = sum(learned)
+    head = 2 * shape.hidden * shape.vocab  # operations for a token's logits; learned ones alone need them
+    layers = 2 * (shape.linear + 3 * shape.trained)  # for a token to pass the blocks with their adapter
+    if recipe.lora.activated:
+        epoch = tokens * 2 * shape.linear + targets * passes * (layers + head)
+    else:
+        epoch = passes * (tokens * layers + targets * head)
+    measured = 2 * held_out * (layers + head * targets / max(tokens, 1))
+    operations = epoch * steps / updates / processes + measured
+    seconds = operations / (measure_speed(device, dtype, shape) * EFFICIENCY)
     plan = Plan(
         shape=shape,
         rows=len(sizes),
         tokens=tokens,
-        targets=sum(learned),
+        targets=targets,
         steps=steps,
         updates=updates,
         accumulation=accumulation,

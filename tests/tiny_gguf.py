@@ -1,0 +1,148 @@
+"""Tiny random llamas as GGUF, their adapters, and what llama.cpp and torch say to the same tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from parrot_edge.engine.native import Context, ContextShape, Model
+
+TOKENS = [(7 * i * i + 3 * i + 1) % 96 for i in range(48)]
+MODULES = [
+    *("q_proj", "k_proj", "v_proj", "o_proj"),
+    *("gate_proj", "up_proj", "down_proj"),
+]
+
+
+def make_llama(seed: int = 0, kv_heads: int = 2) -> Any:
+    """A random LlamaForCausalLM of 2 layers, 96 tokens and 4 heads of 16, its output not tied."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=96,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=512,
+        initializer_range=0.15,
+        tie_word_embeddings=False,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def write_llama(model: Any, path: Path, **metadata: str) -> Path:
+    """A `LlamaForCausalLM` as llama.cpp has it, in float32; its vocabulary is a word for each token."""
+    import gguf
+
+    config = model.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name("Tiny Base")
+    writer.add_license("mit")
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([f"w{index}é" for index in range(config.vocab_size)])
+    writer.add_token_types([1] * config.vocab_size)
+    writer.add_token_merges(["w 1", "w 2"])
+    writer.add_eos_token_id(0)
+    writer.add_chat_template("{{ messages }}")
+    for key, text in metadata.items():
+        writer.add_string(key, text)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for key, values in model.state_dict().items():
+        array = values.float().numpy()
+        for module, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
+            if module in key:  # as LlamaModel.permute in llama.cpp's converter has it
+                halves = array.reshape(heads, 2, array.shape[0] // heads // 2, -1)
+                array = np.ascontiguousarray(halves.swapaxes(1, 2).reshape(array.shape))
+        writer.add_tensor(f"{names.get_name(key.removesuffix('.weight'))}.weight", array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def read_fields(path: Path) -> dict[str, Any]:
+    """All metadata of a GGUF."""
+    import gguf
+
+    reader = gguf.GGUFReader(path)
+    return {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
+
+
+def cut(path: Path) -> None:
+    """Take the last third of a file away."""
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+
+
+def read_llama(path: Path) -> Any:
+    """A GGUF as training loads it: dequantised, in float32."""
+    import torch
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    model = AutoModelForCausalLM.from_pretrained(
+        path.parent,
+        gguf_file=path.name,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.float32,
+    )
+    return model.eval()
+
+
+def add_lora(model: Any, folder: Path, *, seed: int = 1, **options: Any) -> Any:
+    """A random LoRA over `model`, saved into `folder` as peft does; returns the adapted model."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    settings = {"r": 4, "lora_alpha": 12, "target_modules": MODULES, "init_lora_weights": False, **options}
+    adapted = get_peft_model(model, LoraConfig(**settings)).eval()
+    adapted.save_pretrained(folder, save_embedding_layers=False)
+    return adapted
+
+
+def torch_logits(model: Any) -> np.ndarray:
+    """Logits at each of TOKENS: float64 (T, V)."""
+    import torch
+
+    with torch.no_grad():
+        return model(torch.tensor([TOKENS])).logits[0].double().numpy()
+
+
+def llama_logits(path: Path, adapter: Path | None = None) -> np.ndarray:
+    """The same from llama.cpp, with an adapter or none."""
+    shape = ContextShape(sequences=1, tokens=256, threads=1, batch=64, outputs=len(TOKENS))
+    with (
+        Model(path) as model,
+        Context(model, shape, model.load_adapter(adapter) if adapter else None) as context,
+    ):
+        indices = context.decode([(0, 0, TOKENS, len(TOKENS))])
+        return np.array([context.logits(index) for index in indices], np.float64)
+
+
+def divergence(one: np.ndarray, other: np.ndarray) -> float:
+    """The largest KL divergence, over the positions, of what `other` says from what `one` says; in nats."""
+
+    def log_softmax(logits: np.ndarray) -> np.ndarray:
+        shifted = logits - logits.max(axis=1, keepdims=True)
+        return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+
+    p, q = log_softmax(one), log_softmax(other)
+    return float((np.exp(p) * (p - q)).sum(axis=1).max())
