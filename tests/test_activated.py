@@ -137,9 +137,9 @@ def test_base_and_adapter_share_a_context(embedded_model: Path, adapter: Path) -
 def test_many_dialogues_with_both_voices_at_once(embedded_model: Path, adapter: Path) -> None:
     """Sides change at different moments, more conversations than lanes: each still reads its own text."""
     model = Model(embedded_model)
-    batcher = Batcher(Context(model, ContextShape(3, 512, 1)), Scheduler(), exact=True)
+    batcher = Batcher(Context(model, ContextShape(2, 512, 1)), Scheduler(), exact=True)
     chat, ask = LlamaEngine(batcher), LlamaEngine(batcher, adapter=model.load_adapter(adapter))
-    openings = ["Name a river.", "Why is the sky blue?", "Hi!", "Count to 3."]
+    openings = ["Name a river.", "Why is the sky blue?", "Hi!", "Count to 3.", "Why?", "Sing a song for me."]
 
     async def converse(opening: str) -> list[str]:
         messages = [Message("user", opening)]
@@ -152,7 +152,7 @@ def test_many_dialogues_with_both_voices_at_once(embedded_model: Path, adapter: 
         return [message.content for message in messages]
 
     async def all_at_once() -> list[list[str]]:
-        return await asyncio.gather(*(converse(opening) for opening in openings))
+        return await asyncio.wait_for(asyncio.gather(*map(converse, openings)), timeout=300)
 
     together = asyncio.run(all_at_once())
     alone = [asyncio.run(converse(opening)) for opening in openings]

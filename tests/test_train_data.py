@@ -308,11 +308,11 @@ def test_empty_or_missing_source_is_named(tmp_path: Path) -> None:
         list(Reader([str(tmp_path / "missing.jsonl")]).dialogues())
 
 
-def test_simulation_that_hit_its_limit_did_not_end(tmp_path: Path) -> None:
+def test_what_a_limit_or_a_collector_cut_did_not_end(tmp_path: Path) -> None:
     rows = [{"data": ["a", "b"], **more} for more in ({}, {"stop_reason": "end"}, {"stop_reason": "turns"},
-                                                     {"truncated": True})]  # fmt: skip
+                                                     {"truncated": True}, {"tree": "t"})]  # fmt: skip
     reader = Reader([write(tmp_path / "data.jsonl", rows)])
-    assert [talk.ended for talk in reader.dialogues()] == [True, True, False, False]
+    assert [talk.ended for talk in reader.dialogues()] == [True, True, False, False, False]
 
 
 def test_shared_turns_of_a_tree_are_counted_once(tmp_path: Path) -> None:
@@ -327,8 +327,9 @@ def test_shared_turns_of_a_tree_are_counted_once(tmp_path: Path) -> None:
         for role in ("ask", "chat")
     }
     end = "<|im_end|>"
-    # "a" opens both threads of the tree and is learned in the first; another dialogue has its own
-    assert learned["ask"] == [f"a{end}c{end}{end}", end, f"a{end}{end}"]
+    # "a" opens both threads of the tree and is learned in the first; another dialogue has its own, and
+    # an end, which a thread has not
+    assert learned["ask"] == [f"a{end}c{end}", f"a{end}{end}"]
     assert learned["chat"] == [f"b{end}d{end}", f"B{end}", f"x{end}"]
 
 

@@ -173,7 +173,6 @@ class Scheduler:
         await _let_others_run()
         while (side := self._choose()) is not None:
             batcher, adapter = side
-            batcher.admit()
             try:
                 await loop.run_in_executor(self._pool, batcher.step, adapter)
             except Exception as error:  # whatever it is, those who wait must hear of it
@@ -187,7 +186,7 @@ class Scheduler:
         busy = {
             (batcher, adapter): count
             for batcher in self._batchers
-            for adapter, count in batcher.count_busy().items()
+            for adapter, count in batcher.admit().items()
         }
         if not busy:
             return None
@@ -226,10 +225,6 @@ class Batcher:
         self.prompt_tokens_read = self.tokens_made = 0
         scheduler.add(self)
 
-    def count_busy(self) -> Counter[Adapter | None]:
-        """Replies under way or waiting, by the adapter that makes them."""
-        return Counter(job.adapter for job in (*self._jobs, *self._queue))
-
     def submit(
         self, conversation: Conversation, request: Request, adapter: Adapter | None = None
     ) -> asyncio.Future[Reply]:
@@ -263,15 +258,12 @@ class Batcher:
                 job.begun = True
                 try:
                     self._start(job)
-                except (
-                    Exception
-                ) as error:  # of this reply alone: a template, a grammar, half a surrogate pair
+                except Exception as error:  # of this reply alone: its template, its grammar, its text
                     job.error = error
         batch = self._next_batch(jobs)
         if not batch:
             return
-        if adapter is not None or self.context.adapter is None:
-            self.context.apply(adapter if batch[0].activated else None)
+        self.context.apply(adapter if batch[0].activated else self.context.adapter)
         rows = []
         for job in batch:
             tokens = job.stretch[: self.context.shape.batch]
@@ -283,12 +275,16 @@ class Batcher:
             if complete:
                 self._take_token(job, next(outputs))
 
-    def admit(self) -> None:
-        """Take waiting replies in as lanes allow; runs in the event loop, between two steps."""
+    def admit(self) -> Counter[Adapter | None]:
+        """Take waiting replies in as lanes allow; how many are under way, by the adapter that makes them.
+
+        Runs in the event loop, between two steps.
+        """
         self._jobs = [job for job in self._jobs if not job.future.cancelled()]
         room = self.context.shape.sequences - len(self._jobs)
         self._jobs += self._queue[:room]
         del self._queue[:room]
+        return Counter(job.adapter for job in self._jobs)
 
     def _arrange(self, conversations: list[Conversation]) -> None:
         """Move the conversations to neighbouring lanes, to those that most of them hold already."""

@@ -40,7 +40,8 @@ class Dialogue:
 
     tree   id of the tree whose branches share their first turns, or None
     ended  whether the person was done where it stops: not in a simulation that ran into a limit,
-           nor in a row marked `"truncated": true`; the end of a logged dialogue counts as one
+           nor in a row marked `"truncated": true`, nor where the branch of a tree stops, which those
+           who collected it ended; the end of a logged dialogue counts as one
     """
 
     messages: tuple[Message, ...]
@@ -200,7 +201,7 @@ def _dialogue(line: Line, messages: list[Any], tree: str | None, ended: bool) ->
     parsed = parse_messages(line, messages)
     if not any(message.role == "assistant" for message in parsed):
         raise line.error("has no assistant turn; a dialogue to learn from has both sides")
-    return Dialogue(parsed, tree, ended, line)
+    return Dialogue(parsed, tree, ended and tree is None, line)
 
 
 def _join_tree(rows: list[tuple[Line, dict[str, Any]]]) -> dict[str, Any]:
