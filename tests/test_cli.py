@@ -298,7 +298,7 @@ LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% end
         ("{{ messages[99].content }}", "failed: "),
         ("{% for m in %}", "does not compile"),
         ("{{ ''.__class__.__mro__ }}", "failed: access to attribute '__class__'"),
-        ("{{ 'x' * 10 ** 12 }}", "failed: it multiplies beyond all bounds"),
+        ("{{ 'x' * 10 ** 12 }}", "failed: its text grows beyond all bounds"),
         (LOOP, "does not end"),
     ],
 )

@@ -306,13 +306,14 @@ def write_real_lora(base: Path, path: Path) -> Path:
 
 
 SCRIPT = """
-import resource, sys
+import sys
 from pathlib import Path
 from parrot_edge.convert.files import read_gguf
 from parrot_edge.convert.merge import merge_adapter
 merge_adapter(*map(Path, sys.argv[1:]))
 assert "torch" not in sys.modules
-print(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+status = Path("/proc/self/status").read_text()  # ru_maxrss would know what the parent had before exec
+print(1024 * int(status.partition("VmHWM:")[2].split()[0]))
 """
 
 
