@@ -10,8 +10,8 @@ import pytest
 pytest.importorskip("gguf")
 
 from parrot_edge.convert.files import BASE_SHA256_KEY, read_gguf
+from parrot_edge.engine.base import INVOCATION_KEY
 from parrot_edge.engine.llama import LlamaSession
-from parrot_edge.engine.native import INVOCATION_KEY
 from parrot_edge.models import ASK_ADAPTER, LocalModel, embedded_path, parse_model
 from parrot_edge.pair import Load, open_pair
 from parrot_edge.roles import AskPrompt, Speaker

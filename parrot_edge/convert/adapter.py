@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from parrot_edge.convert.files import BASE_SHA256_KEY, GgufFile, import_gguf, read_gguf, write_gguf
+from parrot_edge.engine.base import INVOCATION_KEY
 from parrot_edge.errors import ModelError, UsageError
 from parrot_edge.roles import ROLE_KEY, SYSTEM_KEY
 from parrot_edge.store import sha256_of
@@ -54,7 +55,7 @@ def write_adapter(
         if config.get("alora_invocation_tokens") is not None:
             types = import_gguf().GGUFValueType
             writer.add_key_value(
-                "adapter.alora.invocation_tokens",
+                INVOCATION_KEY,
                 config["alora_invocation_tokens"],
                 types.ARRAY,
                 types.UINT32,

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from parrot_edge.convert.files import BASE_SHA256_KEY, GgufFile, Tensor, import_gguf, read_gguf, write_gguf
+from parrot_edge.engine.base import INVOCATION_KEY
 from parrot_edge.errors import ModelError
 from parrot_edge.roles import ROLE_KEY, SYSTEM_KEY
 from parrot_edge.store import sha256_of
@@ -76,7 +77,7 @@ def _read_updates(
     architectures = [file.get("general.architecture") for file in (lora, model)]
     if architectures[0] != architectures[1]:
         raise ModelError(f"{adapter} is for {architectures[0]} models and {base} is a {architectures[1]} one")
-    if lora.get("adapter.alora.invocation_tokens"):
+    if lora.get(INVOCATION_KEY):
         raise ModelError(
             f"{adapter} is an activated LoRA, which a merge would apply to what comes before its invocation "
             "too; run it as an adapter"

@@ -14,6 +14,9 @@ from typing import Protocol
 
 from parrot_edge.dialogue import Message
 
+INVOCATION_KEY = "adapter.alora.invocation_tokens"
+"""Metadata of a GGUF that is an activated adapter: the tokens that it begins with."""
+
 
 @dataclass(frozen=True)
 class Sampling:

@@ -12,9 +12,9 @@ import numpy as np
 
 from parrot_edge.dialogue import Message
 from parrot_edge.engine.base import Request
-from parrot_edge.engine.batch import Batcher, Scheduler, find_invocation
+from parrot_edge.engine.batch import find_invocation
 from parrot_edge.engine.llama import LlamaEngine
-from parrot_edge.engine.native import Context, ContextShape, Model
+from parrot_edge.engine.native import ContextShape, Model
 from parrot_edge.machine import choose_threads
 
 _BATCH = 256
@@ -38,9 +38,8 @@ class Likelihood:
         self.tokens = min(tokens, model.trained_context or tokens)
         shape = ContextShape(1, self.tokens, threads or choose_threads().count, _BATCH, outputs=_BATCH)
         lora = model.load_adapter(adapter) if adapter else None
-        self._activated = lora if lora and lora.invocation else None
-        self._context = Context(model, shape, None if self._activated else lora)
-        self.engine = LlamaEngine(Batcher(self._context, Scheduler()), adapter=self._activated)
+        self.engine = LlamaEngine.over(model, shape, lora)
+        self._activated, self._context = self.engine.adapter, self.engine.batcher.context
         self._model = model
         self._read: list[int] = []  # what the cache holds, as far as every message would read it
         self._closing: dict[str, int] = {}

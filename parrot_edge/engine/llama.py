@@ -37,7 +37,7 @@ class LlamaEngine:
     writes_any_role = True
 
     def __init__(self, batcher: Batcher, *, adapter: Adapter | None = None, name: str | None = None) -> None:
-        self.batcher, self._adapter = batcher, adapter
+        self.batcher, self.adapter = batcher, adapter
         self.name = name or batcher.model.path.stem
 
     @classmethod
@@ -58,13 +58,20 @@ class LlamaEngine:
         model = Model(Path(path))
         lora = model.load_adapter(Path(adapter)) if adapter is not None else None
         shape = ContextShape(sequences, tokens, threads or choose_threads().count)
+        return cls.over(model, shape, lora, exact=exact)
+
+    @classmethod
+    def over(
+        cls, model: Model, shape: ContextShape, lora: Adapter | None, *, exact: bool = False
+    ) -> LlamaEngine:
+        """An engine with a context of its own; an activated adapter stays out of that."""
         always, activated = (None, lora) if lora is not None and lora.invocation else (lora, None)
         return cls(Batcher(Context(model, shape, always), Scheduler(), exact=exact), adapter=activated)
 
     @property
     def metadata(self) -> Mapping[str, str]:
         """What the adapter's file, or else the model's, says of itself."""
-        adapter = self._adapter or self.batcher.context.adapter
+        adapter = self.adapter or self.batcher.context.adapter
         return adapter.metadata if adapter is not None else self.batcher.model.metadata
 
     @asynccontextmanager
@@ -72,11 +79,11 @@ class LlamaEngine:
         """A conversation; any number can be open. Its cache is that of the session `beside`, where this
         is one over the same batcher: for two sides that read the same text and take turns."""
         if isinstance(beside, LlamaSession) and beside.batcher is self.batcher:
-            yield LlamaSession(self.batcher, beside.conversation, self._adapter)
+            yield LlamaSession(self.batcher, beside.conversation, self.adapter)
             return
         conversation = Conversation()
         try:
-            yield LlamaSession(self.batcher, conversation, self._adapter)
+            yield LlamaSession(self.batcher, conversation, self.adapter)
         finally:
             self.batcher.end(conversation)
 

@@ -18,14 +18,11 @@ from typing import Any
 import llama_cpp.llama_cpp as C
 import numpy as np
 
-from parrot_edge.engine.base import Sampling
+from parrot_edge.engine.base import INVOCATION_KEY, Sampling
 from parrot_edge.errors import ModelError, UsageError
 
 MAX_SEQUENCES = 256
 """llama.cpp's own limit on sequences in one context."""
-
-INVOCATION_KEY = "adapter.alora.invocation_tokens"
-"""Metadata of an activated adapter: the tokens that it begins with."""
 
 _PENALTY_WINDOW = 64  # tokens
 _PENALTY_CANDIDATES = 128  # penalties look each candidate up, and llama.cpp finds more than 128 slowly

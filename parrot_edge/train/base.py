@@ -18,6 +18,7 @@ from typing import Any
 from parrot_edge.errors import ModelError
 from parrot_edge.models import EMBEDDED, LocalModel, parse_model
 from parrot_edge.recipe import BaseOptions
+from parrot_edge.store import sha256_of
 
 SEGMENTS = "parrot_segments"
 """Name under which `attend_segments` is known to transformers."""
@@ -61,10 +62,10 @@ class Base:
     def identity(self, config: Any) -> dict[str, str]:
         """What tells this base from others: its name, and a hash of its weights or the hub's commit."""
         if self.gguf:
-            return {"name": self.name, "file": self.gguf, "sha256": _sha256(Path(self.target) / self.gguf)}
+            return {"name": self.name, "file": self.gguf, "sha256": sha256_of(Path(self.target) / self.gguf)}
         weights = sorted(Path(self.target).glob("*.safetensors"))
         if weights:
-            digest = hashlib.sha256("".join(map(_sha256, weights)).encode())
+            digest = hashlib.sha256("".join(map(sha256_of, weights)).encode())
             return {"name": self.name, "sha256": digest.hexdigest()}
         return {"name": self.name, "revision": getattr(config, "_commit_hash", None) or self.revision}
 
@@ -237,11 +238,3 @@ def one_sentence(what: str) -> Iterator[None]:
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ModelError(f"{what} cannot be loaded: {reason}") from None
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -22,6 +22,7 @@ from typing import Any
 
 from parrot_edge.errors import OutputError, UsageError
 from parrot_edge.recipe import TrainRecipe, dump_recipe
+from parrot_edge.store import write_json
 from parrot_edge.train.card import draw_curve, write_card
 
 
@@ -90,7 +91,7 @@ class RunFolder:
                             "with --force"
                         )
             (self.path / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
-            _write_json(self._started, record)
+            write_json(self._started, record)
         except (OSError, ValueError) as error:
             raise OutputError(f"{self.path} cannot be written: {_reason(error)}") from None
 
@@ -112,7 +113,7 @@ class RunFolder:
             for path in sorted(aside.iterdir()):
                 os.replace(path, self.path / path.name)
             aside.rmdir()
-            _write_json(self.path / "training.json", record)
+            write_json(self.path / "training.json", record)
         except (OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(aside, ignore_errors=True)
             raise OutputError(
@@ -164,12 +165,6 @@ def _difference(one: Any, other: Any) -> str:
             inner = _difference(value, other.get(key))
             return f" ({key}.{inner[2:-1]})" if inner else f" ({key})"
     return ""
-
-
-def _write_json(path: Path, record: dict[str, Any]) -> None:
-    aside = path.with_suffix(".part")
-    aside.write_text(json.dumps(record, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-    os.replace(aside, path)
 
 
 def _reason(error: Exception) -> str:

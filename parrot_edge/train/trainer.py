@@ -23,7 +23,7 @@ from parrot_edge.train.base import Base, load_config, load_model, load_tokenizer
 from parrot_edge.train.data import LEARNED, Corpus, Row, batch_rows, build_corpus, build_pairs, sample_rows
 from parrot_edge.train.output import RunFolder, checkpoint_step, hide_folders
 from parrot_edge.train.plan import Plan, lora_config, make_plan, measure_shape, optimizer_name
-from parrot_edge.train.template import TurnTemplate
+from parrot_edge.train.template import Prompt, TurnTemplate
 
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
 
@@ -39,6 +39,7 @@ class Job:
     packs       rows for training, as they are given to the trainer
     held_out    rows to measure on, by the name of their source
     pairs       preference pairs under "train" and "held_out", where the objective is "dpo"
+    prompt      how turns are written
     invocation  tokens before the role's turns, where the adapter is activated by them
     """
 
@@ -52,6 +53,7 @@ class Job:
     packs: Packs
     held_out: dict[str, Packs]
     pairs: dict[str, list[Pair]]
+    prompt: Prompt
     invocation: list[int]
     plan: Plan
 
@@ -117,14 +119,26 @@ def _prepare(recipe: TrainRecipe, say: Say) -> Job:
     if corpus.skipped:
         say(f"skipped {corpus.skipped} rows, the first: {corpus.first_error}")
     invocation: list[int] = []
+    template = TurnTemplate(tokenizer, system=recipe.data.system, system_text=recipe.data.system_text)
     if recipe.lora.activated:
-        template = TurnTemplate(tokenizer, system=recipe.data.system, system_text=recipe.data.system_text)
         header = template.invocation(LEARNED[recipe.role])
         invocation = tokenizer(header, add_special_tokens=False)["input_ids"]
     shape = measure_shape(config, recipe.lora)
     plan = make_plan(recipe, shape, sizes, held_out=measured, device=device, dtype=dtype, processes=processes)
     return Job(
-        recipe, base, tokenizer, config, device, dtype, corpus, packs, held_out, pairs, invocation, plan
+        recipe,
+        base,
+        tokenizer,
+        config,
+        device,
+        dtype,
+        corpus,
+        packs,
+        held_out,
+        pairs,
+        template.prompt,
+        invocation,
+        plan,
     )
 
 
@@ -260,8 +274,6 @@ def _measure(job: Job, trainer: Any, *, adapter: bool) -> dict[str, float]:
 
 def _describe(job: Job) -> dict[str, Any]:
     """What the adapter comes from: recipe, base, data, prompt and versions."""
-    data = job.recipe.data
-    template = TurnTemplate(job.tokenizer, system=data.system, system_text=data.system_text)
     return {
         "role": job.recipe.role,
         "recipe": asdict(hide_folders(job.recipe)),
@@ -275,7 +287,7 @@ def _describe(job: Job) -> dict[str, Any]:
             "targets": job.plan.targets,
             "sha256": job.corpus.sha256(),
         },
-        "prompt": asdict(template.prompt),
+        "prompt": asdict(job.prompt),
         "invocation": job.invocation,
         "trained_parameters": job.plan.shape.trained,
         "versions": {
