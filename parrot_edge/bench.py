@@ -1,9 +1,9 @@
 """How fast dialogues are made: this engine, its limit, and what else runs the same file.
 
-Every way gets the same openings, prompts, sampling and token limits; both sides are the same
-model, prompted to continue as the user or as the assistant, or Ask is an activated adapter over it. A
-dialogue has `turns` questions and answers; nothing ends it earlier, so all ways make about as many
-tokens.
+Every way gets the same openings, sampling and token limits; both sides are the same model, prompted to
+continue as the user or as the assistant, or Ask is an activated adapter over it. A chat API cannot
+write the user's message, so there Ask is told whom to play. A dialogue has `turns` questions and answers;
+nothing ends it earlier, so all ways make about as many tokens, except where Ask, told to play, stops short.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 
 from openai import APIError, AsyncOpenAI
 
-from parrot_edge.dialogue import Message
+from parrot_edge.dialogue import Message, Seed
 from parrot_edge.engine.base import Request, Sampling, Session
 from parrot_edge.engine.batch import Batcher, Scheduler
 from parrot_edge.engine.llama import LlamaEngine
@@ -29,6 +29,7 @@ from parrot_edge.engine.rates import Rates, measure_rates
 from parrot_edge.engine.sampling import derive_seed
 from parrot_edge.engine.template import ChatTemplate
 from parrot_edge.errors import ModelError
+from parrot_edge.roles import FLIPPED, ask_view
 
 _SECONDS_FOR_SERVER = 120.0
 
@@ -192,9 +193,64 @@ def find_llama_server(name: str | None = None) -> Path | None:
 def measure_llama_server(
     server: Path, path: Path, shape: Shape, openings: list[str], *, adapter: Path | None = None
 ) -> Result:
-    """llama-server with a slot per dialogue, its prompt cache on, and as many asynchronous clients."""
+    """llama-server given prompts as text: a slot per dialogue, read by both sides alike, as many clients.
+
+    It is the best that can be had from it: whoever writes the client renders the template and pins slots.
+    """
     with Model(path, vocab_only=True) as model:
         template = _template(model)
+    way = _name(f"llama-server, {shape.parallel} slots and clients", adapter)
+
+    async def write(client: AsyncOpenAI, index: int, messages: list[Message], role: str) -> tuple[str, int]:
+        request = _request(shape, index, messages, role)
+        lora = {"lora": [{"id": 0, "scale": float(role == "user")}]} if adapter else {}
+        answer = await client.completions.create(
+            model="-",
+            prompt=template.render(messages, role),
+            max_tokens=request.max_tokens,
+            temperature=request.sampling.temperature,
+            top_p=request.sampling.top_p,
+            seed=request.seed,
+            extra_body={**_beyond_openai(request), "id_slot": index % shape.parallel, **lora},
+        )
+        return answer.choices[0].text, answer.usage.completion_tokens if answer.usage else 0
+
+    return _measure_server(server, path, shape, openings, adapter, way, write)
+
+
+def measure_llama_server_chat(server: Path, path: Path, shape: Shape, openings: list[str]) -> Result:
+    """llama-server over its chat API, as its users write it: Ask is told whom to play, roles exchanged."""
+    way = f"llama-server, {shape.parallel} slots and clients, chat API"
+
+    async def write(client: AsyncOpenAI, index: int, messages: list[Message], role: str) -> tuple[str, int]:
+        request = _request(shape, index, messages, role)
+        view = ask_view(Seed(""), messages, FLIPPED) if role == "user" else messages
+        answer = await client.chat.completions.create(
+            model="-",
+            messages=[{"role": message.role, "content": message.content} for message in view],  # type: ignore[misc]
+            max_tokens=request.max_tokens,
+            temperature=request.sampling.temperature,
+            top_p=request.sampling.top_p,
+            seed=request.seed,
+            extra_body=_beyond_openai(request),
+        )
+        return answer.choices[0].message.content or "", answer.usage.completion_tokens if answer.usage else 0
+
+    return _measure_server(server, path, shape, openings, None, way, write)
+
+
+_Write = Callable[[AsyncOpenAI, int, list[Message], str], Awaitable[tuple[str, int]]]
+
+
+def _measure_server(
+    server: Path,
+    path: Path,
+    shape: Shape,
+    openings: list[str],
+    adapter: Path | None,
+    way: str,
+    write: _Write,
+) -> Result:
     made = 0
 
     async def run(url: str) -> float:
@@ -203,27 +259,9 @@ def measure_llama_server(
 
             async def say(index: int, messages: list[Message], role: str) -> str:
                 nonlocal made
-                request = _request(shape, index, messages, role)
-                sampling = request.sampling
-                lora = {"lora": [{"id": 0, "scale": float(role == "user")}]} if adapter else {}
-                answer = await client.completions.create(
-                    model="-",
-                    prompt=template.render(messages, role),
-                    max_tokens=request.max_tokens,
-                    temperature=sampling.temperature,
-                    top_p=sampling.top_p,
-                    seed=request.seed,
-                    extra_body={
-                        "top_k": sampling.top_k,
-                        "min_p": sampling.min_p,
-                        "repeat_penalty": sampling.repeat_penalty,
-                        "id_slot": index % shape.parallel,
-                        "cache_prompt": True,
-                        **lora,
-                    },
-                )
-                made += answer.usage.completion_tokens if answer.usage else 0
-                return answer.choices[0].text
+                text, tokens = await write(client, index, messages, role)
+                made += tokens
+                return text
 
             began = time.perf_counter()
             await _talk_all(shape, openings, say, shape.parallel)
@@ -231,7 +269,18 @@ def measure_llama_server(
 
     with _llama_server(server, path, shape, adapter) as url:
         seconds = asyncio.run(run(url))
-    return Result(_name(f"llama-server, {shape.parallel} slots and clients", adapter), made, seconds)
+    return Result(way, made, seconds)
+
+
+def _beyond_openai(request: Request) -> dict[str, object]:
+    """What llama-server takes and OpenAI's API does not name."""
+    sampling = request.sampling
+    return {
+        "top_k": sampling.top_k,
+        "min_p": sampling.min_p,
+        "repeat_penalty": sampling.repeat_penalty,
+        "cache_prompt": True,
+    }
 
 
 def _name(way: str, adapter: Path | None) -> str:

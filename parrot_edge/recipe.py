@@ -65,7 +65,8 @@ class DataOptions:
     max_length   longest row in tokens; a longer dialogue goes on in further rows
     shorten      words that the other side's turns keep, two thirds of them from the start and the rest
                  from the end; 0 keeps all
-    turn_tokens  learn at most the first so many tokens of a turn; 0 is all
+    turn_tokens  tokens that a turn of the role itself keeps; of a longer one the rest is left out, and its
+                 end is not learned; 0 keeps all
     batching     "packed": rows share a longer one; "bucketed": rows of like length together; "plain"
     min_targets  a row with fewer target tokens than this is left out
     held_out     share of the dialogues (of the trees) that is kept back for measuring, 0..0.9

@@ -118,6 +118,28 @@ def test_ask_and_chat_see_the_same_stream(template: str) -> None:
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
+def test_long_turn_keeps_its_start_and_teaches_no_end(template: str) -> None:
+    tokenizer, most = tokenizer_of(template), 4
+    whole, short = (
+        Encoder(TurnTemplate(tokenizer), tokenizer, "ask", DataOptions(turn_tokens=tokens)).encode(
+            dialogue(TALK)
+        )
+        for tokens in (0, most)
+    )
+    row, turns = short
+    for turn, before in zip(turns, whole[1], strict=True):
+        ids = whole[0].input_ids[before.text : before.end]
+        learned = row.labels[turn.text : turn.end] != CONTEXT
+        if len(ids) == turn.end - turn.text:  # one that fits is as it was
+            assert row.input_ids[turn.text : turn.end].tolist() == ids.tolist()
+            continue
+        assert row.input_ids[turn.text : turn.text + most].tolist() == ids[:most].tolist()
+        assert row.input_ids[turn.end - 1] == ids[-1]
+        assert learned.nonzero()[0].tolist() == list(range(most))
+    assert turns[-1].end == len(row.input_ids) < len(whole[0].input_ids)
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
 def test_last_token_of_ask_is_the_one_that_ends_a_dialogue(template: str) -> None:
     tokenizer = tokenizer_of(template)
     prompt = TurnTemplate(tokenizer).prompt

@@ -86,6 +86,8 @@ def bench(
         runs.append(partial(ways.measure_engine, path, shape, openings, adapter=lora))
         if binary is not None:
             runs.append(partial(ways.measure_llama_server, binary, path, shape, openings, adapter=lora))
+    if binary is not None:
+        runs.append(partial(ways.measure_llama_server_chat, binary, path, shape, openings))
     runs.append(partial(ways.measure_engine, path, shape, openings, contexts=2))
     runs.append(partial(ways.measure_two_llamas, baseline_path, shape, openings))
     limit = ways.measure_limit(path, shape)

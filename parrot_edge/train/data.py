@@ -197,21 +197,29 @@ class Encoder:
         tokens = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids = np.asarray(tokens["input_ids"], dtype=np.int32)  # (T,)
         offsets = np.asarray(tokens["offset_mapping"], dtype=np.int64).reshape(-1, 2)  # (T, 2) characters
-        labels = np.full_like(ids, CONTEXT)
+        labels, kept = np.full_like(ids, CONTEXT), np.ones(len(ids), dtype=bool)
         fresh = self._fresh_turns(dialogue, len(spans))
+        most = self._options.turn_tokens or len(ids)
         turns, previous = [], 0
         for span, new in zip(spans, fresh, strict=True):
             # A token belongs to the turn if any of its characters do: one that joins the header's
             # last space to the first word is written by whoever writes the turn
             start = int(np.searchsorted(offsets[:, 1], span.start, side="right"))
             end = int(np.searchsorted(offsets[:, 0], span.close, side="left"))
+            closing = max(start, int(np.searchsorted(offsets[:, 0], span.end, side="left")))
             turns.append(Turn(previous, start, end))
             previous = end
-            if new and span.role == self._learned:
-                most = self._options.turn_tokens or end - start
-                labels[start:end][:most] = ids[start:end][:most]
+            if span.role != self._learned:
+                continue
+            if closing - start > most:
+                kept[start + most : closing] = False
+            if new:  # where a turn was cut nobody closed it
+                stop = end if closing - start <= most else start + most
+                labels[start:stop] = ids[start:stop]
         labels[:1] = CONTEXT  # nothing precedes the first token, so it cannot be predicted
-        return Row(ids, labels, dialogue.line.source), turns
+        places = np.concatenate([[0], np.cumsum(kept)]).tolist()  # in what is kept
+        turns = [Turn(places[turn.start], places[turn.text], places[turn.end]) for turn in turns]
+        return Row(ids[kept], labels[kept], dialogue.line.source), turns
 
     def _shorten(self, messages: Sequence[Message]) -> Sequence[Message]:
         """The messages, those of the other side cut down to `shorten` words."""

@@ -7,6 +7,7 @@ starts, not with this module; `loops` holds what needs it, `output` the folder.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import sys
 import warnings
@@ -152,6 +153,8 @@ def _run(job: Job, folder: RunFolder, say: Say) -> dict[str, Any]:
     PartialState().wait_for_everyone()
     checkpoint = folder.last_checkpoint()
     step = checkpoint_step(checkpoint) if checkpoint else 0
+    if job.device.type == "cpu":
+        _keep_freed_memory()
     trainer = _make_trainer(job, folder)
     if folder.writes:
         trainer.add_callback(loops.Progress(folder.curve, say, step=step))
@@ -326,6 +329,19 @@ def _cpu_has_bfloat16() -> bool:
         flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
         return "avx512_bf16" in flags or "amx_bf16" in flags
     return False
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep what is freed for the next step; another C library does as it likes.
+
+    Otherwise each large tensor is given back to the system and faulted in anew, which takes up to
+    half of the time of a small model's step.
+    """
+    trim_threshold, mmap_threshold, most = -1, -3, 2**31 - 1  # malloc.h
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(trim_threshold, most)
+        libc.mallopt(mmap_threshold, 2**30)
 
 
 def _version(name: str) -> str:
