@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from parrot_edge.data.sources import Dialogue, Reader, is_held_out
 from parrot_edge.dialogue import Message, Seed
 from parrot_edge.engine.base import Engine, Reply, Request, Sampling, Session
 from parrot_edge.engine.likelihood import Likelihood
@@ -35,8 +36,6 @@ from parrot_edge.models import LocalModel, RemoteModel, parse_model
 from parrot_edge.pair import Load, open_pair
 from parrot_edge.roles import END_MARK, FLIPPED, NATIVE, AskPrompt, Speaker, ask_view, sounds_like_assistant
 from parrot_edge.simulate import RowsOnly, Run, RunSettings, take_in_turn
-from parrot_edge.train.data import is_held_out
-from parrot_edge.train.sources import Dialogue, Reader
 
 COMPARED = 800
 """Characters of a message that are compared for diversity and by the classifier, about what Ask has room

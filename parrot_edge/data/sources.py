@@ -1,4 +1,4 @@
-"""Where dialogues for training come from: the shapes that public data has, read as one.
+"""Where dialogues come from: the shapes that public data has, read as one.
 
     {"messages": [{"role", "content"}, ...]}                parrot, UltraChat 200k and most others
     {"conversations": [{"from": "human", "value"}, ...]}    ShareGPT
@@ -57,6 +57,12 @@ class Dialogue:
         """
         opening = next(message.content for message in self.messages if message.role == "user")
         return self.tree or content_id(opening)
+
+
+def is_held_out(dialogue: Dialogue, share: float) -> bool:
+    """Whether a dialogue is kept back; depends on its group alone, so trees are never torn apart."""
+    digest = hashlib.sha256(dialogue.group.encode()).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
 @dataclass(frozen=True)
