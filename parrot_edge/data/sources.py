@@ -123,7 +123,7 @@ class Reader:
         return self.read(_dialogue)
 
     def read(self, make: Callable[[Thread], _T]) -> Generator[_T, None, None]:
-        """What `make` makes of each thread of all sources; a row for which it raises `InputError` is refused."""
+        """What `make` makes of each thread of all sources; a row at which it raises `InputError` is refused."""
         for name in self.names:
             loose: dict[str, list[tuple[Line, dict[str, Any]]]] = {}  # Open-Assistant, a message per row
             for line in self._lines(name):

@@ -1,0 +1,109 @@
+"""What a page says of a dialogue: its messages, and what they can be filtered by.
+
+It knows nothing of HTML.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from parrot_edge.data.sources import Thread
+from parrot_edge.dialogue import Message, content_id, parse_messages
+from parrot_edge.roles import sounds_like_assistant
+
+_OPENING = 140  # characters that the list shows
+
+_MESSAGE_COLUMNS = ("messages", "conversations", "conversation", "data", "prompt", "replies", "text")
+"""Columns that a thread's messages come from; the others are shown as details."""
+
+_UNSEEN = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
+_OVERRIDES = re.compile(r"[\u202a-\u202e\u2066-\u2069]")
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A dialogue as a page holds it; every text is valid UTF-8 without control characters.
+
+    details   the row's other columns
+    opening   how it begins, on one line
+    measures  a number by name, each of them 0 or more: a page plots it and filters by its range
+    labels    what may be said of it, by kind: a page counts them and filters by them
+    """
+
+    id: str
+    messages: tuple[Message, ...]
+    details: dict[str, Any]
+    opening: str
+    measures: dict[str, int]
+    labels: dict[str, tuple[str, ...]]
+
+
+def show(thread: Thread) -> Shown:
+    """A thread as it is shown; raises `InputError` naming the line of one that is no dialogue."""
+    messages = parse_messages(thread.line, visible(thread.messages))
+    details = {key: visible(value) for key, value in thread.row.items() if key not in _MESSAGE_COLUMNS}
+    given = details.pop("id", None)
+    turns = [message for message in messages if message.role != "system"]
+    first = turns[0].content if turns else str(details.get("topic") or "")
+    return Shown(
+        id=str(given) if isinstance(given, str | int) and str(given) else content_id(_identity(messages)),
+        messages=messages,
+        details=details,
+        opening=" ".join(first[: 4 * _OPENING].split())[:_OPENING],
+        measures={
+            "turns": sum(message.role == "user" for message in turns),
+            "words": sum(len(message.content.split()) for message in turns),
+        },
+        labels={
+            "stop reason": (str(reason),) if (reason := details.get("stop_reason")) else (),
+            "flag": tuple(dict.fromkeys(_flags(thread, messages, details))),
+        },
+    )
+
+
+def visible(value: Any) -> Any:
+    """A JSON value, its texts with a sign for each character that no page can show.
+
+    Control characters become their pictures, and halves of surrogate pairs the replacement character.
+
+    >>> visible(["a\\0b", "tab\\tand\\nline stay", {"half": "\\ud83d"}])
+    ['a␀b', 'tab\\tand\\nline stay', {'half': '�'}]
+    """
+    if isinstance(value, str):
+        return _UNSEEN.sub(_picture, value) if _UNSEEN.search(value) else value
+    if isinstance(value, list):
+        return [visible(item) for item in value]
+    if isinstance(value, dict):
+        return {visible(key): visible(item) for key, item in value.items()}
+    return value
+
+
+def _picture(found: re.Match[str]) -> str:
+    code = ord(found[0])
+    return "\ufffd" if code >= 0xD800 else "\u2421" if code == 0x7F else chr(0x2400 + code)
+
+
+def _identity(messages: tuple[Message, ...]) -> list[list[str]]:
+    return [[message.role, message.content] for message in messages]
+
+
+def _flags(thread: Thread, messages: tuple[Message, ...], details: dict[str, Any]) -> Iterator[str]:
+    """What a reader may want to look at; docs/view.md says what each flag means."""
+    usage = details.get("usage")
+    if details.get("truncated") or (isinstance(usage, dict) and usage.get("cut_messages")):
+        yield "cut"
+    if not messages or messages[-1].role != "assistant":
+        yield "unanswered"
+    if any(message.role == "user" and sounds_like_assistant(message.content) for message in messages):
+        yield "wrong role"
+    if len(set(messages)) < len(messages):
+        yield "repeated"
+    if any(_OVERRIDES.search(message.content) for message in messages) or any(
+        _UNSEEN.search(item["content"]) for item in thread.messages
+    ):
+        yield "hidden characters"
+    own = details.get("flags")
+    yield from (flag for flag in own if isinstance(flag, str) and flag) if isinstance(own, list) else ()
