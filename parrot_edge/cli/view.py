@@ -55,4 +55,5 @@ def view(dialogues: str, output: str, force: bool, on_error: str) -> None:
         rows = "1 row was" if reader.skipped == 1 else f"{reader.skipped} rows were"
         click.echo(f"parrot: {rows} left out, first {reader.first_error}", err=True)
     if not count:
-        click.echo(f"parrot: {dialogues} holds no dialogue; the page is empty", err=True)
+        source = "<stdin>" if dialogues == "-" else dialogues
+        click.echo(f"parrot: {source} holds no dialogue; the page is empty", err=True)

@@ -74,6 +74,7 @@ async function startSearch() {
     worker.onmessage = ({ data }) => {
       if (data.read) {
         found.read += data.read;
+        if (found.read === count) performance.mark("parrot searchable");
         feed(worker);
       }
       if (data.serial !== found.serial) return;
@@ -344,24 +345,26 @@ function drawOverview() {
 }
 
 function drawColumns({ name, values }) {
-  const [least, most] = extent(values, shown);
-  const width = niceWidth((most - least) / 24);
+  const sorted = Float64Array.from(shown, (dialogue) => values[dialogue]).sort();
+  const [least, median, most] = [sorted[0], sorted[sorted.length >> 1], sorted.at(-1)];
+  const high = sorted[Math.floor(sorted.length * 0.98)]; // a few giants would flatten all others
+  const width = niceWidth((high - least) / 24);
   const start = Math.floor(least / width) * width;
-  const counts = new Array(Math.floor((most - start) / width) + 1).fill(0);
-  for (const dialogue of shown) counts[Math.floor((values[dialogue] - start) / width)]++;
+  const counts = new Array(Math.floor((high - start) / width) + 1).fill(0);
+  for (const value of sorted) counts[Math.min(Math.floor((value - start) / width), counts.length - 1)]++;
   const top = Math.max(...counts);
   const columns = counts.map((each, at) => {
     const from = start + at * width;
-    const range = width === 1 ? number(from) : `${number(from)} to ${number(from + width - 1)}`;
+    const to = at === counts.length - 1 ? most : from + width - 1;
+    const range = from === to ? number(from) : `${number(from)} to ${number(to)}`;
     const column = element("i", { title: `${range} ${name}: ${plural(each, "dialogue")}` });
     column.style.setProperty("--size", `${(100 * each) / top}%`);
     return column;
   });
-  const sorted = shown.map((dialogue) => values[dialogue]).sort((one, other) => one - other);
-  const median = sorted[sorted.length >> 1];
   const plot = element("div", { className: "columns", role: "img" }, ...columns);
   plot.ariaLabel = `${name} of a dialogue: from ${number(least)} to ${number(most)}, median ${number(median)}`;
-  const scale = element("div", { className: "scale", ariaHidden: "true" }, element("span", {}, number(start)), element("span", {}, high < most ? `${number(start + (counts.length - 1) * width)} and more` : number(most)));
+  const end = high < most ? `${number(start + (counts.length - 1) * width)} and more` : number(most);
+  const scale = element("div", { className: "scale", ariaHidden: "true" }, element("span", {}, number(start)), element("span", {}, end));
   const title = `${name[0].toUpperCase()}${name.slice(1)} of a dialogue`;
   return element("figure", {}, element("figcaption", {}, title, element("small", {}, `median ${number(median)}`)), plot, scale);
 }

@@ -59,7 +59,7 @@ def show(thread: Thread) -> Shown:
         },
         labels={
             "stop reason": (str(reason),) if (reason := details.get("stop_reason")) else (),
-            "flag": tuple(dict.fromkeys(_flags(thread, messages, details))),
+            "flags": tuple(dict.fromkeys(_flags(thread, messages, details))),
         },
     )
 
