@@ -40,7 +40,6 @@ from parrot_edge.pair import Load, open_pair
 from parrot_edge.roles import END_MARK, FLIPPED, NATIVE, AskPrompt, Speaker, ask_view, sounds_like_assistant
 from parrot_edge.simulate import RowsOnly, Run, RunSettings, take_in_turn
 
-
 # What is measured, and where
 
 

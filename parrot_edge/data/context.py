@@ -104,13 +104,17 @@ _ACKNOWLEDGEMENTS = re.compile(
 )
 
 _REFERENCES = re.compile(
-    r"\b(?:above|previous(?:ly)?|prior|earlier|this time|further(?:more)?|use more|expand (?:it|on|more)|aforementioned|so far|as before|original(?:ly)?"
-    r"|you(?:'ve| have)? (?:just |also |already )?(?:said|mention(?:ed)?|wrote|written|gave|given|provided|listed"
+    r"\b(?:above|previous(?:ly)?|prior|earlier|this time|further(?:more)?|use more|expand (?:it|on"
+    r"|more)|aforementioned|so far|as before|original(?:ly)?"
+    r"|you(?:'ve| have)? (?:just |also |already )?(?:said|mention(?:ed)?|wrote|written|gave|given"
+    r"|provided|listed"
     r"|described|explained|suggested|recommended|brought|told|made|did|missed|forgot|call(?:ed)?|say)"
     r"|i(?:'ve| have)? (?:just |already )?(?:said|mentioned|told you|gave you|provided|meant)|i mean"
-    r"|your (?:last |first |previous |final )?(?:answer|advice|response|reply|explanation|suggestions?|list|code|example"
+    r"|your (?:last |first |previous |final )?(?:answer|advice|response|reply|explanation|suggestions?"
+    r"|list|code|example"
     r"|points?|summary|story|text|description|recommendations?|version|output|message)"
-    r"|(?:first|second|third|fourth|fifth|last|latter|former|next|most recent) (?:one|point|option|paragraph|item"
+    r"|(?:first|second|third|fourth|fifth|last|latter|former|next|most recent) (?:one|point|option"
+    r"|paragraph|item"
     r"|part|line|sentence|step|question|example|version|script|two|three|answer|message|time)"
     r"|(?:points?|items?|steps?|options?|parts?)(?: number| #)? ?\d|on \d(?: and \d)?|here\?"
     r"|we(?:'ve| have)? (?:just )?(?:discussed|talked|said)|in (?:this|that) (?:case|context)"
@@ -121,37 +125,43 @@ _CONTINUES = re.compile(
     r"(?:and|but|also|or|so|then|now|next|finally|yes|yeah|yep|yup|no|nope|sure|really|wait|actually"
     r"|what about|how about|what if|why not|in that case|instead|again|sorry|regarding|based on|considering"
     r"|building on|you (?:did|didn't|are|were|forgot|should)|are you (?:sure|certain|rly)|i still|go on"
-    r"|continue|keep going|more|try|explain more|tell me more|expand|elaborate|shorten|summari[sz]e$|rephrase$"
-    r"|why|how so|how come|like what|such as|which (?:one|of|is|are|was|would|do)|start over|who else|what else|where else|let's (?:add|say))\b(?!-)"
+    r"|continue|keep going|more|try|explain more|tell me more|expand|elaborate|shorten|summari[sz]e$"
+    r"|rephrase$"
+    r"|why|how so|how come|like what|such as|which (?:one|of|is|are|was|would|do)|start over|who else"
+    r"|what else|where else|let's (?:add|say))\b(?!-)"
 )
 
 _ADDS = re.compile(
     r"\b(?:(?:any|some|the|are|give(?: me)?|list|tell me|suggest) (?:other|others|more|further|additional)"
-    r"|another(?! (?:day|time|person|country))|instead|again|both|the same|(?:as well|too|either)(?=[.?!]|$)|likewise|else|(?:i|we)(?: \w+|'\w+)? also"
-    r"|(?:simpler|shorter|longer|better|funnier|clearer|more \w+) (?:version|one|way|format|form|language|terms)"
+    r"|another(?! (?:day|time|person|country))|instead|again|both|the same|(?:as well|too"
+    r"|either)(?=[.?!]|$)|likewise|else|(?:i|we)(?: \w+|'\w+)? also"
+    r"|(?:simpler|shorter|longer|better|funnier|clearer|more \w+) (?:version|one|way|format|form"
+    r"|language|terms)"
     r"|the (?:only|other) (?:one|ones|\w+s)|(?:first|last|next) one|all of (?:them|these|those)"
-    r"|one of (?:them|these|those)|(?:each|either|neither|none|any|some|most|which) (?:one(?! of)|of (?:them|these|those)))\b"
+    r"|one of (?:them|these|those)|(?:each|either|neither|none|any|some|most|which) (?:one(?! of)"
+    r"|of (?:them|these|those)))\b"
 )
 
 _PRONOUN = re.compile(
     r"\b(?:(?P<pronoun>it|its|it's|they|they're|them|their|he|he's|she|she's|him|his|her|hers|ones)"
-    r"|(?P<determiner>this|these|those|that|such)(?P<noun>(?:'s)?(?: [\w'-]+)?(?: [\w'-]+)?)(?P<after>[^\w ]?))\b"
+    r"|(?P<determiner>this|these|those|that"
+    r"|such)(?P<noun>(?:'s)?(?: [\w'-]+)?(?: [\w'-]+)?)(?P<after>[^\w ]?))\b"
     r"|\b(?P<end>this|that|these|those)(?=$|[.,?!;])"
 )
 _TIMES = word_set("year month week morning afternoon evening time summer winter spring fall day way")
 _AFTER_THAT = word_set(
     """in into to as for with using on out up down again too more is was be sound sounds mean means work works
-    seem seems seem's seems's does would will could can happen happens affect affects information explanation
-    analogy answer list idea summary story part point metaphor case question sentence paragraph text response
-    insight advice process same article code message theory concept era period by at really actually always necessarily
-    also important true correct right possible good bad different related and or from because if when since
-    high low"""
+    seem seems seem's seems's does would will could can happen happens affect affects information
+    explanation analogy answer list idea summary story part point metaphor case question sentence paragraph
+    text response insight advice process same article code message theory concept era period by at really
+    actually always necessarily also important true correct right possible good bad different related and
+    or from because if when since high low"""
 )
 _COMPLEMENT = word_set(
-    """heard said told think know believe say see so such find found show shows ensure fact way ways mean means
-    sure given assume assuming provided one all thing things foods people ones everything something anything
-    read learned noticed mentioned stating says saying knowing claim claims prove remember hope wish feel feels
-    suppose told you me is are"""
+    """heard said told think know believe say see so such find found show shows ensure fact way ways mean
+    means sure given assume assuming provided one all thing things foods people ones everything something
+    anything read learned noticed mentioned stating says saying knowing claim claims prove remember hope
+    wish feel feels suppose told you me is are"""
 )
 
 
@@ -193,12 +203,13 @@ _ANNOUNCES = re.compile(r"[^.?!]{0,60}?(?::|\"|')(?=\s)")
 _BEFORE_SUCH = re.compile(r"\b(?:with|in|of|for|and|the|are|from)\s*$")
 _AFTER_SUCH = word_set("a an as that")
 _BEFORE_THAT = word_set(
-    """do does did is was of for with about to in on summarize summarise rewrite rephrase explain can could would
-    will make turn put provide translate like present simplify present and but if than by from at isn't doesn't
-    wasn't change use try shorten convert expand"""
+    """do does did is was of for with about to in on summarize summarise rewrite rephrase explain can could
+    would will make turn put provide translate like present simplify present and but if than by from at
+    isn't doesn't wasn't change use try shorten convert expand"""
 )
 _EXPLETIVE = re.compile(
-    r"(?:it|it's)(?: is| was| would be| be)? (?:possible|okay|ok|safe|true|normal|necessary|important|better|legal"
+    r"(?:it|it's)(?: is| was| would be| be)? (?:possible|okay|ok|safe|true|normal|necessary|important"
+    r"|better|legal"
     r"|that|to|raining|hard|easy|worth|time|seems|appears)\b"
 )
 
@@ -206,8 +217,8 @@ _SENTENCES = (
     WH_WORDS
     | AUXILIARIES
     | word_set(
-        """i i'm i've i'd i'll we we're we've you your my if there there's let's please what's who's how's where's
-        when's equals"""
+        """i i'm i've i'd i'll we we're we've you your my if there there's let's please what's who's how's
+        where's when's equals"""
     )
 )
 
@@ -253,8 +264,10 @@ def _asks(text: str) -> bool:
 
 
 _SHIFTS = re.compile(
-    r"\b(?:(?:switch|chang|shift)(?:e|ing)?(?: the| to another| gears)? ?(?:topics?|subjects?|gears)|before i forget"
-    r"|on (?:a|an) (?:different|another|unrelated|separate|side) (?:note|topic|subject)|off[- ]topic|unrelated"
+    r"\b(?:(?:switch|chang|shift)(?:e|ing)?(?: the| to another| gears)? ?(?:topics?|subjects?|gears)"
+    r"|before i forget"
+    r"|on (?:a|an) (?:different|another|unrelated|separate|side) (?:note|topic|subject)|off[- ]topic"
+    r"|unrelated"
     r"|(?:different|another|new) (?:topic|subject)|random question)\b"
 )
 
@@ -301,18 +314,19 @@ def _stem(word: str) -> str:
 
 
 _COMMON = word_set(
-    """the and for are but not you all any can had her was one our out his has him how its who did get may she use
-    that with have this will your from they know want been good much some time very when come here just like long
-    make many more only over such take than them well were what about after again also another because before being
-    between both could does doing down during each few first give going into made most must need now off once other
-    please really said same say should show since still tell than their then there these thing things think those
-    through too under until upon using way ways where which while whom why would yes yet best better great help
-    question answer explain example examples list write let lets lot kind sort sure something anything someone
-    able different important number part people person provide suggest recommend recommendation recommendations
-    information word words work works used new old two three long short right look looking mean means find found
-    keep feel try trying might shall ever never always often usually around without within against per via got
-    i'm i've i'd it's that's what's don't doesn't isn't can't didn't you're there's how's who's let's thanks thank
-    create describe discuss everyone every day today year years currently main specific generally typically
-    certainly course based including include includes various several however
-    interested interesting heard curious tips idea ideas favorite start add called name names"""
+    """the and for are but not you all any can had her was one our out his has him how its who did get may she
+    use that with have this will your from they know want been good much some time very when come here just
+    like long make many more only over such take than them well were what about after again also another
+    because before being between both could does doing down during each few first give going into made most
+    must need now off once other please really said same say should show since still tell than their then
+    there these thing things think those through too under until upon using way ways where which while whom
+    why would yes yet best better great help question answer explain example examples list write let lets
+    lot kind sort sure something anything someone able different important number part people person
+    provide suggest recommend recommendation recommendations information word words work works used new old
+    two three long short right look looking mean means find found keep feel try trying might shall ever
+    never always often usually around without within against per via got i'm i've i'd it's that's what's
+    don't doesn't isn't can't didn't you're there's how's who's let's thanks thank create describe discuss
+    everyone every day today year years currently main specific generally typically certainly course based
+    including include includes various several however interested interesting heard curious tips idea ideas
+    favorite start add called name names"""
 )

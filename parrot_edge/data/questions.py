@@ -20,7 +20,7 @@ _SAME = {"whom": "who", "whose": "who"}
 def find_question_type(text: str) -> str:
     """One of `QUESTION_TYPES`: the first sentence that asks decides, within the first 400 characters.
 
-    >>> [find_question_type(text) for text in ("ok. but why?", "Is it far?", "could you draw it", "I like it")]
+    >>> [find_question_type(text) for text in ("ok. but why?", "Is it far?", "could you draw it", "fine")]
     ['why', 'polar', 'request', 'statement']
     """
     for sentence in _SENTENCE.findall(text[:_SEEN]):

@@ -1,7 +1,7 @@
 """How much a message reads as an assistant's, from what it looks like: no model is asked.
 
-A logistic regression on what can be seen in the first characters: `find_features` and a weight for each. Where
-they were fitted, and how well they tell the sides apart on files left out of the fit, is in docs/data.md.
+A logistic regression on what can be seen in the first characters: `find_features`, and a weight for
+each. What they were fitted on, and how well they tell the sides apart elsewhere, is in docs/data.md.
 """
 
 from __future__ import annotations

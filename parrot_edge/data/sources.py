@@ -106,13 +106,21 @@ class Reader:
     """Reads sources one after the other; `sources` and `skipped` tell afterwards what was read.
 
     A source is a JSON Lines file or `hf:owner/name[:split]`. With `skip`, a row that cannot be used
-    is counted instead of raising `InputError`, and `first_error` is the first of them. A source
-    without rows raises it too, unless it may be empty.
+    is counted instead of raising `InputError`, and `first_error` is the first of them; `on_refused` is
+    told of each with its line. A source without rows raises it too, unless it may be empty.
     """
 
-    def __init__(self, names: Iterable[str], *, skip: bool = False, may_be_empty: bool = False) -> None:
+    def __init__(
+        self,
+        names: Iterable[str],
+        *,
+        skip: bool = False,
+        may_be_empty: bool = False,
+        on_refused: Callable[[Line, InputError], None] = lambda line, error: None,
+    ) -> None:
         self.names = tuple(names)
         self.skip = skip
+        self.on_refused = on_refused
         self.may_be_empty = may_be_empty
         self.skipped = 0
         self.first_error: InputError | None = None
@@ -123,7 +131,7 @@ class Reader:
         return self.read(_dialogue)
 
     def read(self, make: Callable[[Thread], _T]) -> Generator[_T, None, None]:
-        """What `make` makes of each thread of all sources; a row at which it raises `InputError` is refused."""
+        """What `make` makes of each thread of all sources; a row for which it raises is refused."""
         for name in self.names:
             loose: dict[str, list[tuple[Line, dict[str, Any]]]] = {}  # Open-Assistant, a message per row
             for line in self._lines(name):
@@ -135,6 +143,7 @@ class Reader:
                     found = [make(thread) for thread in _from_row(line, row)]
                 except InputError as error:
                     self.refuse(error)
+                    self.on_refused(line, error)
                     continue
                 yield from found
             for tree, rows in loose.items():
@@ -143,6 +152,7 @@ class Reader:
                     found = [make(thread) for thread in _from_tree(rows[0][0], nested, nested, tree)]
                 except InputError as error:
                     self.refuse(error)
+                    self.on_refused(rows[0][0], error)
                     continue
                 yield from found
 

@@ -8,10 +8,12 @@ defined in docs/data.md.
 from __future__ import annotations
 
 import heapq
+import importlib.util
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from parrot_edge.data.context import find_links
@@ -23,6 +25,8 @@ from parrot_edge.data.sources import Reader, Thread
 from parrot_edge.data.text import words_of
 from parrot_edge.dialogue import Message, parse_messages
 from parrot_edge.engine.sampling import derive_seed
+from parrot_edge.errors import UsageError
+from parrot_edge.figures import Resampling, readable
 from parrot_edge.roles import sounds_like_assistant
 
 SAMPLE = 2000
@@ -218,6 +222,24 @@ def describe_file(path: str, *, skip: bool = False) -> tuple[Statistics, Reader]
     return statistics, reader
 
 
+def compare_users(one: Statistics, other: Statistics, pairs: int = 500) -> dict[str, float] | None:
+    """How well a classifier tells the users of one file from those of the other: an AUC with its interval.
+
+    A message of each sampled dialogue is compared, as many of one file as of the other. Near 0.5 they
+    cannot be told apart. None for fewer than 10 dialogues.
+    Raises `UsageError` where scikit-learn is missing.
+    """
+    if importlib.util.find_spec("sklearn") is None:
+        raise UsageError("telling users apart needs scikit-learn; run pip install 'parrot-edge[data]'")
+    texts = list(zip(other.drawn_turns, one.drawn_turns, strict=False))[:pairs]
+    if len(texts) < 10:
+        return None
+    from parrot_edge.data.likeness import tell_apart
+
+    resampling, members = Resampling.of(len(texts))
+    return readable(tell_apart(texts, members, resampling))
+
+
 def _parse(thread: Thread) -> tuple[tuple[Message, ...], str | None]:
     reason = thread.row.get("stop_reason")
     return parse_messages(thread.line, thread.messages), reason if isinstance(reason, str) else None
@@ -225,7 +247,7 @@ def _parse(thread: Thread) -> tuple[tuple[Message, ...], str | None]:
 
 def _describe_openings(openings: Sequence[Sequence[str]]) -> dict[str, float | None]:
     """ROUGE-L of each opening with the next one of the sample, and the entropy of first words in bits."""
-    pairs = list(zip(openings, openings[1:], strict=False))
+    pairs = list(pairwise(openings))
     firsts = Counter(" ".join(words[:2]) for words in openings)
     total = firsts.total()
     bits = -sum(count / total * math.log2(count / total) for count in firsts.values())

@@ -29,10 +29,11 @@ AUXILIARIES = word_set(
 )
 
 COMMANDS = word_set(
-    """write tell give make explain list create describe show find help generate provide suggest recommend design
-    discuss compare define calculate solve translate rewrite summarize summarise analyze analyse name prove
-    compose draft outline imagine act pretend convert fix add remove change use build implement develop evaluate
-    identify read say teach choose pick plan answer apply edit improve integrate correct consider feedback
-    optimize come do get let put play run set think check turn send draw simplify rephrase mention determine"""
+    """write tell give make explain list create describe show find help generate provide suggest recommend
+    design discuss compare define calculate solve translate rewrite summarize summarise analyze analyse
+    name prove compose draft outline imagine act pretend convert fix add remove change use build implement
+    develop evaluate identify read say teach choose pick plan answer apply edit improve integrate correct
+    consider feedback optimize come do get let put play run set think check turn send draw simplify
+    rephrase mention determine"""
 )
 """Verbs that a request begins with."""
