@@ -132,7 +132,7 @@ _CONTINUES = re.compile(
 )
 
 _ADDS = re.compile(
-    r"\b(?:(?:any|some|the|are|give(?: me)?|list|tell me|suggest) (?:other|others|more|further|additional)"
+    r"\b(?:(?:any|some|the|are|there|give(?: me)?|list|tell me|suggest) (?:other|others|more|further|additional)"
     r"|another(?! (?:day|time|person|country))|instead|again|both|the same|(?:as well|too"
     r"|either)(?=[.?!]|$)|likewise|else|(?:i|we)(?: \w+|'\w+)? also"
     r"|(?:simpler|shorter|longer|better|funnier|clearer|more \w+) (?:version|one|way|format|form"

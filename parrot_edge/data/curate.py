@@ -50,6 +50,8 @@ _SAID_BEFORE_CUT = 20
 _ENDS = tuple(".!?…:;)]}>|*_`\"'”’»~—-。！？」』）0123456789")
 """What an answer that is whole ends with; more may be, see `_stops_in_the_middle`."""
 
+_ITEM_MARKS = ("-", "*", "•", "#", "|", "+")
+
 
 @dataclass(frozen=True)
 class Rules:
@@ -117,7 +119,7 @@ class Judge:
             yield Verdict("short", f"fewer than {rules.min_words} words in the user's messages, on average")
         if (place := _find_cut(answers)) is not None:
             yield Verdict("cut_off", f"answer {place + 1}: ...{answers[place][-40:]}")
-        for place, text in enumerate(asked, 1):
+        for place, text in enumerate(asked[1:], 2):  # an opening may be a list that somebody pasted
             if sounds_like_assistant(text):
                 yield Verdict("wrong_role", f"user message {place}: {text[:40]}...")
         for side, texts in (("user", asked), ("assistant", answers)):
@@ -169,8 +171,9 @@ def _stops_in_the_middle(answer: str) -> bool:
     if text.endswith(_ENDS) or not text[-1:].isalpha() or len(text.split()) < _SAID_BEFORE_CUT:
         return False
     last = text.rsplit("\n", 1)[-1].strip()
+    words = last.split()
     # The items of a list, a signature, verse and headings end without a mark, and are short
-    return len(last.split()) > 12 and not last.startswith(("-", "*", "•", "#", "|", "+"))
+    return len(words) > 12 and not last.startswith(_ITEM_MARKS) and not set(words[-1]) & set("#/")
 
 
 # The run
