@@ -173,6 +173,15 @@ def test_near_duplicates_are_found_and_others_left():
     assert right / (right + wrong) >= 0.95
 
 
+def test_branches_of_a_tree_are_no_near_duplicates_of_each_other(tmp_path):
+    longer = [*GOOD, "and with rye flour, in a tin?", "An hour more."]
+    rows = [{"tree": tree, "messages": talk(*texts)} for tree in "ab" for texts in (GOOD, longer)]
+    path = write(tmp_path / "in.jsonl", rows)
+    report = curate_file(path, tmp_path / "out.jsonl", tmp_path / "no.jsonl", Rules())
+    assert report["kept"] == 2
+    assert report["rejected"] == {"duplicate": 2}
+
+
 def test_an_edited_question_of_a_benchmark_leaks(tmp_path):
     questions = [
         "Compose a short letter to a landlord who never answers the phone.",

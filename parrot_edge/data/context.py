@@ -60,18 +60,23 @@ def find_links(history: Sequence[Message], text: str) -> Links:
     is_long = len(words) > _WORDS
     body = _ACKNOWLEDGEMENTS.sub("", " ".join(words[:_START]) if is_long else start)
     own = _content(start)
-    leans = _is_english(start) and (
-        not body
-        or _points_back(body)
-        or _has_free_pronoun(body, is_long)
-        or _is_fragment(body)
-        or _answers(body, last)
+    is_said_to_shift = bool(_SHIFTS.search(start))
+    leans = (
+        not is_said_to_shift
+        and _is_english(start)
+        and (
+            not body
+            or _points_back(body)
+            or _has_free_pronoun(body, is_long)
+            or _is_fragment(body)
+            or _answers(body, last)
+        )
     )
     refers = not leans and not _rephrases(own, turns) and _names_known_thing(text, _subjects(turns[-4:]))
     # A thing of an earlier exchange can be referred to in leaving the last one
     stays = leans or bool(own & _subjects(turns[-2:])) or len(own) < 2 or not _asks(body)
     leaves = not stays and not _REQUEST.search(_end(last))
-    return Links(dependent=leans or refers, shift=leaves or bool(_SHIFTS.search(start)))
+    return Links(dependent=leans or refers, shift=leaves or is_said_to_shift)
 
 
 def _points_back(text: str) -> bool:
@@ -97,7 +102,8 @@ def _plain(text: str) -> str:
 
 
 _ACKNOWLEDGEMENTS = re.compile(
-    r"^(?:(?:thanks?(?: you)?(?: so much| a lot| very much)?|great|ok(?:ay)?|cool|nice|perfect|awesome|good"
+    r"^(?:(?:hm+|thanks?(?: you)?(?: so much| a lot| very much)?|great|ok(?:ay)?|cool|nice|perfect"
+    r"|awesome|good"
     r"|wow|hi|hello|hey|please|oh|well|marvelous|excellent|wonderful|got it|interesting|alright|i see"
     r"|sounds (?:good|great|delicious)|(?:that|this)(?:'s| is| was| sounds) (?:a )?(?:great|good|interesting"
     r"|helpful|nice|delicious|awesome|cool)(?: \w+)?|chat ?gpt)[,.!?]*\s+)+"
@@ -132,7 +138,8 @@ _CONTINUES = re.compile(
 )
 
 _ADDS = re.compile(
-    r"\b(?:(?:any|some|the|are|there|give(?: me)?|list|tell me|suggest) (?:other|others|more|further|additional)"
+    r"\b(?:(?:any|some|the|are|there|give(?: me)?|list|tell me|suggest) (?:other|others|more|further"
+    r"|additional)"
     r"|another(?! (?:day|time|person|country))|instead|again|both|the same|(?:as well|too"
     r"|either)(?=[.?!]|$)|likewise|else|(?:i|we)(?: \w+|'\w+)? also"
     r"|(?:simpler|shorter|longer|better|funnier|clearer|more \w+) (?:version|one|way|format|form"
@@ -271,9 +278,10 @@ _SHIFTS = re.compile(
     r"|(?:different|another|new) (?:topic|subject)|random question)\b"
 )
 
+_PREPOSITIONS = "of|between|that|which|who|from|in|for|to|about|on|with|at"
 _KNOWN = re.compile(
-    r"\b[Tt]he ((?!\w+est\b|most|following|first|next|world|internet)[a-z][\w'-]*)( [a-z][\w'-]*)?"
-    r"(?! (?:of|between|that|which|who|from)\b)"
+    r"\b[Tt]he (?!\w+est\b|most|following|first|next|world|internet)[a-z][\w'-]*"
+    rf"(?: (?!(?:{_PREPOSITIONS})\b)[a-z][\w'-]*)?+(?! (?:of|between|that|which|who|from)\b)"
 )
 
 

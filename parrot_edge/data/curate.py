@@ -96,20 +96,20 @@ class Judge:
                 for text in _questions_of(messages):
                     self._questions.add(text, f"{line.source}:{line.number}")  # type: ignore[union-attr]
 
-    def judge(self, messages: Sequence[Message], name: str) -> Verdict | None:
+    def judge(self, messages: Sequence[Message], name: str, tree: str | None = None) -> Verdict | None:
         """The first reason against a dialogue; without one it is kept under a name, and None returned."""
-        for verdict in self._find_reasons(messages):
+        for verdict in self._find_reasons(messages, tree):
             if verdict.reason not in self._rules.allowed:
                 return verdict
-        self.keep(messages, name)
+        self.keep(messages, name, tree)
         return None
 
-    def keep(self, messages: Sequence[Message], name: str) -> None:
+    def keep(self, messages: Sequence[Message], name: str, tree: str | None = None) -> None:
         """Remember a dialogue that was kept, as what later ones must not repeat."""
         if self._kept is not None:
-            self._kept.add(_all_said(messages), name)
+            self._kept.add(_all_said(messages), name, tree)
 
-    def _find_reasons(self, messages: Sequence[Message]) -> Iterator[Verdict]:
+    def _find_reasons(self, messages: Sequence[Message], tree: str | None) -> Iterator[Verdict]:
         rules = self._rules
         asked = [message.content for message in messages if message.role == "user"]
         answers = [message.content for message in messages if message.role == "assistant"]
@@ -132,7 +132,7 @@ class Judge:
             yield Verdict("sensitive", found)
         if found := find_personal(said):
             yield Verdict("personal", found)
-        if self._kept is not None and (repeated := self._kept.find(said)):
+        if self._kept is not None and (repeated := self._kept.find(said, tree)):
             yield Verdict(repeated[0], repeated[1])
         if self._questions is not None:
             for text in _questions_of(messages):
@@ -292,14 +292,14 @@ class _Run:
         data = encode(row)
         if self._next is not None and self._next.data + b"\n" == data:
             self._next = next(self._earlier, None)
-            self._judge.keep(messages, name)
+            self._judge.keep(messages, name, thread.tree)
             self.report.kept += 1
             return
         identity = row.get("id")
         identity = identity if isinstance(identity, str) else content_id(row["messages"])
         if self._was_rejected(thread.line, identity):
             return
-        verdict = self._judge.judge(messages, name)
+        verdict = self._judge.judge(messages, name, thread.tree)
         if verdict is not None:
             self._reject(thread.line, identity, verdict, row)
             return

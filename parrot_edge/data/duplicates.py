@@ -40,6 +40,7 @@ class Duplicates:
         self._new_hash = lambda: rensa.RMinHash(num_perm=_HASHES, seed=1)
         self._bands = rensa.RMinHashLSH(threshold=THRESHOLD, num_perm=_HASHES, num_bands=_BANDS)
         self._names: list[str] = []
+        self._trees: list[str | None] = []
         self._hashes: list[Any] = []
         self._exact: dict[bytes, int] = {}
         self._last: tuple[str, bytes, Any] = ("", b"", None)
@@ -47,24 +48,29 @@ class Duplicates:
     def __len__(self) -> int:
         return len(self._names)
 
-    def find(self, text: str) -> tuple[str, str] | None:
-        """ "duplicate" or "near_duplicate" and the name of the text it repeats, or None."""
+    def find(self, text: str, tree: str | None = None) -> tuple[str, str] | None:
+        """Whether it is a "duplicate" or "near_duplicate", and of which text by name; else None.
+
+        The branches of a tree share their first turns, so they are no near duplicates of each other.
+        """
         digest, signature = self._read(text)
         if digest in self._exact:
             return "duplicate", self._names[self._exact[digest]]
         for number in sorted(self._bands.query(signature)):
-            if signature.jaccard(self._hashes[number]) >= THRESHOLD:
+            is_branch = tree is not None and tree == self._trees[number]
+            if not is_branch and signature.jaccard(self._hashes[number]) >= THRESHOLD:
                 return "near_duplicate", self._names[number]
         return None
 
-    def add(self, text: str, name: str) -> None:
-        """Take a text into the index."""
+    def add(self, text: str, name: str, tree: str | None = None) -> None:
+        """Take a text into the index, as a branch of a tree or as none."""
         digest, signature = self._read(text)
         number = len(self._names)
         self._exact.setdefault(digest, number)
         self._bands.insert(number, signature)
         self._hashes.append(signature)
         self._names.append(name)
+        self._trees.append(tree)
 
     def _read(self, text: str) -> tuple[bytes, Any]:
         """A digest of its words and its MinHash; what was asked for last is remembered."""
