@@ -80,7 +80,8 @@ async function startSearch() {
       if (data.serial !== found.serial) return;
       if (!data.read) found.waiting--;
       if (found.holds) for (const dialogue of data.hits) found.holds[dialogue] = 1;
-      if (found.words.length && !found.waiting && (data.hits.length || !data.read || found.read === count)) refresh();
+      const news = !data.read || data.hits.length || found.read === count;
+      if (found.words.length && !found.waiting && news) refresh();
     };
     workers.push(worker);
     feed(worker);
@@ -107,7 +108,6 @@ const ranges = []; // {values, low, high}
 
 function makeFilters() {
   for (const { kind, names, values } of index.facets) {
-    if (!names.length) continue;
     const counts = tally(names, values, everyNumber());
     const boxes = names.map((name) => element("input", { type: "checkbox", ariaLabel: name }));
     const chips = names.map((name, at) => {
@@ -115,14 +115,14 @@ function makeFilters() {
       return element("label", { className: "chip" }, boxes[at], text);
     });
     const title = kind[0].toUpperCase() + kind.slice(1);
-    const set = element("fieldset", {}, element("legend", {}, title), element("div", { className: "chips" }, ...chips));
-    part("facets").append(set);
+    const group = element("div", { className: "chips" }, ...chips);
+    part("facets").append(element("fieldset", {}, element("legend", {}, title), group));
     facets.push({ values, boxes });
   }
   for (const { name, values } of index.measures) {
     const [least, most] = extent(values, everyNumber());
     const input = (side, limit) =>
-      element("input", { type: "number", min: 0, placeholder: limit, ariaLabel: `${side} ${name}`, inputMode: "numeric" });
+      element("input", { type: "number", min: 0, placeholder: limit, ariaLabel: `${side} ${name}` });
     const [low, high] = [input("Least", least), input("Most", most)];
     const row = element("div", {}, low, "to", high);
     const title = name[0].toUpperCase() + name.slice(1);
@@ -158,7 +158,8 @@ function refresh() {
   for (let dialogue = 0; dialogue < count; dialogue++) {
     if (active.every((passes) => passes(dialogue))) shown.push(dialogue);
   }
-  const of = shown.length === count ? plural(count, "dialogue") : `${number(shown.length)} of ${plural(count, "dialogue")}`;
+  const all = plural(count, "dialogue");
+  const of = shown.length === count ? all : `${number(shown.length)} of ${all}`;
   const reading = found.words.length && found.read < count;
   part("status").textContent = reading ? `${of} · searched ${number(found.read)} so far` : of;
   part("reset").hidden = !active.length && !found.words.length;
@@ -190,7 +191,8 @@ const reel = element("div", { className: "reel", role: "presentation" });
 let itemHeight = 64;
 
 function layList() {
-  list.replaceChildren(shown.length ? reel : element("p", { className: "nothing" }, count ? "No dialogue passes." : "There is none."));
+  const nothing = element("p", { className: "nothing" }, count ? "No dialogue passes." : "There is none.");
+  list.replaceChildren(shown.length ? reel : nothing);
   itemHeight = 4 * parseFloat(getComputedStyle(document.documentElement).fontSize);
   reel.style.height = `${shown.length * itemHeight}px`;
   drawItems();
@@ -210,7 +212,9 @@ function drawItems() {
 function makeItem(at) {
   const dialogue = shown[at];
   const opening = element("span", { dir: "auto" }, index.openings[dialogue] || "(no messages)");
-  const item = element("div", { className: "item", id: `parrot item ${dialogue}`, role: "option" }, opening, element("small", {}, summary(dialogue)));
+  const about = element("small", {}, summary(dialogue));
+  const item = element("div", { className: "item", role: "option" }, opening, about);
+  item.id = `parrot item ${dialogue}`; // with spaces, as few dialogues' ids are: addresses lead to those
   item.ariaSelected = String(dialogue === current);
   item.ariaPosInSet = at + 1;
   item.ariaSetSize = shown.length;
@@ -219,19 +223,28 @@ function makeItem(at) {
   return item;
 }
 
+const LISTED = ["stop reason", "flags"]; // labels that have a place in the list
+
 function summary(dialogue) {
-  const measured = index.measures.map(({ name, values }) => plural(values[dialogue], name.replace(/s$/, "")));
-  return [...measured, ...labelsOf(dialogue)].join(" · ");
+  const listed = index.facets.filter(({ kind }) => LISTED.includes(kind));
+  return [...lengthsOf(dialogue), ...listed.flatMap((facet) => labelsIn(facet, dialogue))].join(" · ");
 }
 
-function labelsOf(dialogue) {
-  return index.facets.flatMap(({ names, values }) => names.filter((_, at) => values[dialogue] & (1 << at)));
+// The first two measures are what it takes to read a dialogue: "8 turns", "512 words".
+function lengthsOf(dialogue) {
+  const lengths = index.measures.slice(0, 2);
+  return lengths.map(({ name, values }) => plural(values[dialogue], name.replace(/s$/, "")));
+}
+
+function labelsIn({ names, values }, dialogue) {
+  return names.filter((_, at) => values[dialogue] & (1 << at));
 }
 
 function scrollTo(at) {
+  if (at < 0) return; // what is open does not pass the filters
   const top = at * itemHeight;
-  if (top < list.scrollTop) list.scrollTop = top;
-  else if (top + itemHeight > list.scrollTop + list.clientHeight) list.scrollTop = top + itemHeight - list.clientHeight;
+  const lowest = top + itemHeight - list.clientHeight;
+  list.scrollTop = Math.min(Math.max(list.scrollTop, lowest), top);
 }
 
 list.addEventListener("scroll", drawItems);
@@ -283,8 +296,11 @@ async function open(dialogue) {
 function drawDialogue(dialogue, row) {
   const title = row.details.topic || index.openings[dialogue] || row.id;
   const about = element("p", { className: "about" }, element("bdi", {}, row.id));
-  about.append(...index.measures.map(({ name, values }) => element("span", {}, plural(values[dialogue], name.replace(/s$/, "")))));
-  about.append(...labelsOf(dialogue).map((label) => element("bdi", { className: "flag" }, label)));
+  about.append(...lengthsOf(dialogue).map((length) => element("span", {}, length)));
+  for (const facet of index.facets) {
+    const labels = labelsIn(facet, dialogue).join(", ");
+    if (labels) about.append(element("bdi", { className: "label" }, `${facet.kind}: ${labels}`));
+  }
   const messages = element("ol", { className: "messages" });
   let turn = 0;
   for (const { role, content } of row.messages) {
@@ -310,7 +326,8 @@ function makeNavigation() {
       copy.textContent = "Copy it from the address bar";
     }
   };
-  return element("nav", { ariaLabel: "Dialogue" }, button("Previous", shown[at < 0 ? shown.length : at - 1]), button("Next", shown[at + 1]), copy);
+  const previous = button("Previous", at < 0 ? undefined : shown[at - 1]);
+  return element("nav", { ariaLabel: "Dialogue" }, previous, button("Next", shown[at + 1]), copy);
 }
 
 // The text in pieces, those that the search found marked.
@@ -328,15 +345,16 @@ function drawDetails(details) {
     element("dd", { dir: "auto" }, typeof value === "string" ? value : JSON.stringify(value)),
   ]);
   if (!pairs.length) return [];
-  return [element("details", { className: "details" }, element("summary", {}, "Details"), element("dl", {}, ...pairs))];
+  const summary = element("summary", {}, "Details");
+  return [element("details", { className: "details" }, summary, element("dl", {}, ...pairs))];
 }
 
 // ---- The overview
 
 function drawOverview() {
-  const few = shown.length < count;
-  const text = few ? `What the filters leave: ${number(shown.length)} of ${plural(count, "dialogue")}.` : `${plural(count, "dialogue")}.`;
-  const plots = shown.length ? [...index.measures.map(drawColumns), ...index.facets.filter(({ names }) => names.length).map(drawBars)] : [];
+  const all = `${plural(count, "dialogue")}.`;
+  const text = shown.length < count ? `What the filters leave: ${number(shown.length)} of ${all}` : all;
+  const plots = shown.length ? [...index.measures.map(drawColumns), ...index.facets.map(drawBars)] : [];
   part("overview").replaceChildren(
     element("h2", { tabIndex: -1 }, "Overview"),
     element("p", {}, text),
@@ -362,11 +380,13 @@ function drawColumns({ name, values }) {
     return column;
   });
   const plot = element("div", { className: "columns", role: "img" }, ...columns);
-  plot.ariaLabel = `${name} of a dialogue: from ${number(least)} to ${number(most)}, median ${number(median)}`;
+  const middle = `median ${number(median)}`;
+  plot.ariaLabel = `${name} of a dialogue: from ${number(least)} to ${number(most)}, ${middle}`;
   const end = high < most ? `${number(start + (counts.length - 1) * width)} and more` : number(most);
-  const scale = element("div", { className: "scale", ariaHidden: "true" }, element("span", {}, number(start)), element("span", {}, end));
-  const title = `${name[0].toUpperCase()}${name.slice(1)} of a dialogue`;
-  return element("figure", {}, element("figcaption", {}, title, element("small", {}, `median ${number(median)}`)), plot, scale);
+  const ends = [number(start), end].map((text) => element("span", {}, text));
+  const scale = element("div", { className: "scale", ariaHidden: "true" }, ...ends);
+  const title = name[0].toUpperCase() + name.slice(1);
+  return element("figure", {}, element("figcaption", {}, title, element("small", {}, middle)), plot, scale);
 }
 
 function drawBars({ kind, names, values }) {
@@ -377,7 +397,8 @@ function drawBars({ kind, names, values }) {
     const share = `${number(counts[at])} · ${((100 * counts[at]) / shown.length).toFixed(1)}%`;
     return element("li", {}, element("bdi", {}, name), element("span", {}, share), bar);
   });
-  return element("figure", {}, element("figcaption", {}, kind[0].toUpperCase() + kind.slice(1)), element("ul", { className: "bars" }, ...bars));
+  const title = element("figcaption", {}, kind[0].toUpperCase() + kind.slice(1));
+  return element("figure", {}, title, element("ul", { className: "bars" }, ...bars));
 }
 
 function tally(names, values, dialogues) {
@@ -431,7 +452,9 @@ function followAddress() {
   if (dialogue >= 0) body.pane = "dialogue";
   else if (body.pane === "dialogue") body.pane = "list";
   if (dialogue !== current) open(dialogue);
-  if (dialogue < 0 && address) part("overview").querySelector("p").textContent = `No dialogue has the id ${address}.`;
+  if (dialogue < 0 && address) {
+    part("overview").querySelector("p").textContent = `No dialogue has the id ${address}.`;
+  }
 }
 
 part("to-overview").onclick = () => {

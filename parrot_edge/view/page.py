@@ -107,7 +107,7 @@ class _Index:
         return address
 
     def as_json(self) -> str:
-        facets = [{"kind": kind, **_as_bits(labels)} for kind, labels in self.labels.items()]
+        facets = [{"kind": kind, **_as_bits(labels)} for kind, labels in self.labels.items() if any(labels)]
         measures = [{"name": name, "values": values} for name, values in self.measures.items()]
         return _json(
             {

@@ -11,7 +11,8 @@ function holdsAll(number) {
 
 function search(next) {
   // Words that only grew longer can match nothing that they did not match before.
-  const narrower = query.words.length && query.words.every((old) => next.words.some((word) => word.includes(old)));
+  const grew = (old) => next.words.some((word) => word.includes(old));
+  const narrower = query.words.length && query.words.every(grew);
   const candidates = narrower ? hits : [...texts.keys()];
   query = next;
   hits = query.words.length ? candidates.filter(holdsAll) : [];

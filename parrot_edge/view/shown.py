@@ -10,11 +10,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from parrot_edge.data.context import find_links
+from parrot_edge.data.questions import find_question_type
 from parrot_edge.data.sources import Thread
 from parrot_edge.dialogue import Message, content_id, parse_messages
 from parrot_edge.roles import sounds_like_assistant
 
 _OPENING = 140  # characters that the list shows
+_HISTORY = 8  # messages before a turn that it is compared with, as in `parrot stats`
 
 _MESSAGE_COLUMNS = ("messages", "conversations", "conversation", "data", "prompt", "replies", "text")
 """Columns that a thread's messages come from; the others are shown as details."""
@@ -56,10 +59,12 @@ def show(thread: Thread) -> Shown:
         measures={
             "turns": sum(message.role == "user" for message in turns),
             "words": sum(len(message.content.split()) for message in turns),
+            **_count_links(turns),
         },
         labels={
             "stop reason": (str(reason),) if (reason := details.get("stop_reason")) else (),
             "flags": tuple(dict.fromkeys(_flags(thread, messages, details))),
+            "opening": (find_question_type(first),) if turns else (),
         },
     )
 
@@ -84,6 +89,19 @@ def visible(value: Any) -> Any:
 def _picture(found: re.Match[str]) -> str:
     code = ord(found[0])
     return "\ufffd" if code >= 0xD800 else "\u2421" if code == 0x7F else chr(0x2400 + code)
+
+
+def _count_links(turns: list[Message]) -> dict[str, int]:
+    """How many of the user's messages lean on what was said before, and how many leave its subject."""
+    links = [
+        find_links(turns[max(0, place - _HISTORY) : place], message.content)
+        for place, message in enumerate(turns)
+        if place and message.role == "user"
+    ]
+    return {
+        "context-dependent turns": sum(link.dependent for link in links),
+        "topic shifts": sum(link.shift for link in links),
+    }
 
 
 def _identity(messages: tuple[Message, ...]) -> list[list[str]]:
