@@ -12,7 +12,7 @@ from parrot_edge.cli.stats import stats as command
 from parrot_edge.data.diversity import find_distinct, find_mtld, find_rouge_l, find_self_rouge
 from parrot_edge.data.stats import Mean, Sample, Statistics, compare_users, describe_file
 from parrot_edge.dialogue import Message
-from parrot_edge.errors import InputError
+from parrot_edge.errors import InputError, UsageError
 
 
 def talk(*texts):
@@ -166,3 +166,25 @@ def test_files_stand_side_by_side_with_plots(tmp_path):
     assert len(list((tmp_path / "plots").glob("*.svg"))) == 5
     again = CliRunner().invoke(command, arguments)
     assert "exists" in str(again.exception)
+
+
+def test_a_message_is_scored_by_both_sides(embedded_model):
+    from parrot_edge.data.role_likelihood import score_roles
+    from parrot_edge.models import LocalModel, RemoteModel
+
+    model = LocalModel("small", embedded_model)
+    said = [Message("user", "hi, i need a name for my cat"), Message("assistant", "How about Moritz?")]
+    asked, answered = score_roles(
+        model,
+        model,
+        [(said, "hm no, what else?"), (said, "Sure! Here are some names for a cat: Felix, Luna and Tiger.")],
+        threads=1,
+    )
+    assert asked > answered
+    with pytest.raises(UsageError, match="tells no likelihoods"):
+        score_roles(model, RemoteModel("big", "http://localhost:1/v1"), [])
+
+
+def test_models_are_asked_in_pairs(tmp_path):
+    done = CliRunner().invoke(command, [write(tmp_path / "talks.jsonl", ROWS), "--ask", "ask"])
+    assert "go together" in str(done.exception)

@@ -17,6 +17,8 @@ from parrot_edge.errors import UsageError
 @click.command()
 @click.argument("dialogues", default="-")
 @click.option("--against", metavar="OTHER", help="Dialogues to stand beside these, say real ones.")
+@click.option("--ask", metavar="MODEL", help="With --chat: who finds each message likelier, as whose.")
+@click.option("--chat", metavar="MODEL", help="With --ask: the model that answers.")
 @click.option("--plots", metavar="DIR", help="Draw the distributions into this new folder, as SVG.")
 @click.option("--force", is_flag=True, help="Replace plots.")
 @click.option(
@@ -28,7 +30,14 @@ from parrot_edge.errors import UsageError
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def stats(
-    dialogues: str, against: str | None, plots: str | None, force: bool, on_error: str, as_json: bool
+    dialogues: str,
+    against: str | None,
+    ask: str | None,
+    chat: str | None,
+    plots: str | None,
+    force: bool,
+    on_error: str,
+    as_json: bool,
 ) -> None:
     """Describe dialogues by the measures that papers compare such data by.
 
@@ -41,10 +50,13 @@ def stats(
     Examples:
       parrot stats dialogues.jsonl
       parrot stats simulated.jsonl --against real.jsonl --plots plots
+      parrot stats simulated.jsonl --ask ask --chat chat
       parrot stats dialogues.jsonl --json | jq .files[0].self_rouge
     """
-    from parrot_edge.data.stats import compare_users, describe_file
+    from parrot_edge.data.stats import compare_users, describe_file, describe_roles
 
+    if (ask is None) != (chat is None):
+        raise UsageError("--ask and --chat go together; give both")
     if against is not None and against == dialogues == "-":
         raise UsageError("stdin can be read once; name one of the files")
     files, columns = [], []
@@ -59,6 +71,14 @@ def stats(
             click.echo(f"parrot: {rows} left out, first {reader.first_error}", err=True)
         if not statistics.dialogues:
             click.echo(f"parrot: {path} holds no dialogue", err=True)
+    if ask and chat:
+        from parrot_edge.data.role_likelihood import score_roles
+        from parrot_edge.models import parse_model
+
+        models = parse_model(ask), parse_model(chat)
+        for statistics, column in zip(files, columns, strict=True):
+            scores = score_roles(*models, statistics.drawn_follow_ups)
+            column["wrong_role"]["likelihood"] = describe_roles(scores)
     told_apart = compare_users(files[0], files[1]) if against else None
     if plots:
         from parrot_edge.data.plots import draw_plots
@@ -100,6 +120,8 @@ _ROWS: dict[str, dict[str, str]] = {
     "Wrong role": {
         "wrong_role.phrases": "phrases of an assistant",
         "wrong_role.likeness": "looks like an assistant's",
+        "wrong_role.likelihood.share": "likelier as Chat's than as Ask's",
+        "wrong_role.likelihood.nats_a_token": "log-likelihood, Ask's less Chat's, nats a token",
     },
     "Questions": {f"questions.{name}": name for name in QUESTION_TYPES},
 }
@@ -111,7 +133,8 @@ def _table(columns: list[dict[str, Any]], told_apart: dict[str, float] | None) -
     lines = [["", *(column["name"][-30:] for column in columns)]]
     for section, rows in _sections(columns):
         lines.append([section])
-        lines += [[f"  {title}", *(_cell(column, key) for column in columns)] for key, title in rows.items()]
+        cells = [[f"  {title}", *(_cell(column, key) for column in columns)] for key, title in rows.items()]
+        lines += [row for row in cells if any(row[1:])]
     if told_apart:
         lines += [["AUC, users told apart"], ["  by a classifier", format_figure(told_apart)]]
     return align_columns(lines)

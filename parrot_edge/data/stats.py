@@ -32,6 +32,9 @@ from parrot_edge.roles import sounds_like_assistant
 SAMPLE = 2000
 """Dialogues whose texts are compared with each other."""
 
+FOLLOW_UPS = 100
+"""Messages that models are asked about."""
+
 _TEXT = 1000
 """Words of users' messages that are measured by MTLD at once."""
 
@@ -98,7 +101,7 @@ class Statistics:
         self.likeness = 0.0
         self._per_dialogue = {name: Mean() for name in ("turns", "dependent", "shifts", "words")}
         self._openings: set[int] = set()
-        self._sample = Sample()
+        self._sample, self._follow_ups = Sample(), Sample(FOLLOW_UPS)
         self._stretch: list[str] = []
         self._text: list[str] = []
         self._distinct, self._mtld = (Mean(), Mean()), Mean()
@@ -136,6 +139,8 @@ class Statistics:
             if message.role == "user" and any(other.role == "user" for other in messages[:place]):
                 links = find_links(messages[max(0, place - 8) : place], message.content)
                 dependent, shifts = dependent + links.dependent, shifts + links.shift
+                if self._follow_ups.wants(self.follow_ups):
+                    self._follow_ups.add(self.follow_ups, (messages[:place], message.content))
                 self.follow_ups += 1
         self.dependent, self.shifts = self.dependent + dependent, self.shifts + shifts
         self._per_dialogue["dependent"].add(dependent)
@@ -157,6 +162,11 @@ class Statistics:
     def drawn_turns(self) -> list[str]:
         """A user's message of each dialogue in the sample."""
         return [text for _, text in self._sample.items()]
+
+    @property
+    def drawn_follow_ups(self) -> list[tuple[Sequence[Message], str]]:
+        """Messages after the opening, each with what was said before it."""
+        return self._follow_ups.items()
 
     def report(self) -> dict[str, Any]:
         """All measures; None where there is nothing to measure."""
@@ -238,6 +248,14 @@ def compare_users(one: Statistics, other: Statistics, pairs: int = 500) -> dict[
 
     resampling, members = Resampling.of(len(texts))
     return readable(tell_apart(texts, members, resampling))
+
+
+def describe_roles(scores: Sequence[float]) -> dict[str, Any]:
+    """The mean of `score_roles`, and the share of messages in the wrong role by them."""
+    mean = Mean()
+    for score in scores:
+        mean.add(score)
+    return {"nats_a_token": mean.figure(), "share": _share(sum(score < 0 for score in scores), len(scores))}
 
 
 def _parse(thread: Thread) -> tuple[tuple[Message, ...], str | None]:
