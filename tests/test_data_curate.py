@@ -298,6 +298,10 @@ def test_a_resume_needs_the_same_rules_and_rows(tmp_path):
 def test_a_bad_row_is_named_or_rejected(tmp_path):
     path = tmp_path / "in.jsonl"
     good = json.dumps({"messages": talk(*GOOD)})
+    path.write_text("[]\n")
+    with pytest.raises(InputError, match=r"in\.jsonl:1: "):
+        curate_file(str(path), tmp_path / "out.jsonl", tmp_path / "no.jsonl", Rules())
+    assert [file.name for file in tmp_path.iterdir()] == ["in.jsonl"]
     path.write_text(f'{good}\n{{"messages": 3}}\n{good[:-4]}\n')
     with pytest.raises(InputError, match=r"in\.jsonl:2: "):
         curate_file(str(path), tmp_path / "out.jsonl", tmp_path / "no.jsonl", Rules())

@@ -223,12 +223,12 @@ def curate_file(
     }
     state = output.with_name(output.name + ".curate.json") if output else None
     goes_on = False
-    if output is not None and state is not None and resume and output.exists():
+    if output is not None and state is not None and resume and _was_begun(output, state):
         goes_on, before = True, read_json(state)
         _check_state(before, settings, output)
         if before.get("complete"):
             return before
-    elif not force:
+    elif not (force or resume):
         for path in (output, rejects):
             if path is not None and path.exists():
                 raise OutputError(f"{path} exists; --resume carries it on, --force replaces it")
@@ -240,11 +240,15 @@ def curate_file(
             write_json(state, {"complete": False, "settings": settings})
         run = _Run(judge, kept, rejected)
         reader = Reader([source], skip=skip, may_be_empty=True, on_refused=run.refuse)
-        for thread, messages in reader.read(lambda thread: (thread, _parse(thread))):
-            run.take(thread, messages)
-            if run.report.read % 1000 == 0:
-                on_progress(run.report)
-        run.finish()
+        try:
+            for thread, messages in reader.read(lambda thread: (thread, _parse(thread))):
+                run.take(thread, messages)
+                if run.report.read % 1000 == 0:
+                    on_progress(run.report)
+            run.finish()
+        except BaseException:
+            _drop_empty([kept, rejected], state)
+            raise
         for file in filter(None, (kept, rejected)):
             file.sync()
     report = {"complete": True, "settings": settings, **run.report.as_dict()}
@@ -252,6 +256,21 @@ def curate_file(
     if state:
         write_json(state, report)
     return report
+
+
+def _was_begun(output: Path, state: Path) -> bool:
+    """Whether there is something to carry on: an empty file alone is nothing."""
+    return state.exists() or (output.exists() and output.stat().st_size > 0)
+
+
+def _drop_empty(files: Sequence[Appender | None], state: Path | None) -> None:
+    """Leave nothing behind where a run failed before its first row."""
+    there = [file for file in files if file is not None]
+    if not any(file.size for file in there):
+        for file in there:
+            file.discard()
+        if state is not None:
+            state.unlink(missing_ok=True)
 
 
 def _check_state(before: Mapping[str, Any], settings: Mapping[str, Any], output: Path) -> None:

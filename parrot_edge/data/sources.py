@@ -107,7 +107,8 @@ class Reader:
 
     A source is a JSON Lines file or `hf:owner/name[:split]`. With `skip`, a row that cannot be used
     is counted instead of raising `InputError`, and `first_error` is the first of them; `on_refused` is
-    told of each with its line. A source without rows raises it too, unless it may be empty.
+    told of each with its line. A source without rows raises it too, unless it may be empty. A
+    preference pair is no dialogue, but with `chosen` is read as the one that ends in the chosen answer.
     """
 
     def __init__(
@@ -116,12 +117,14 @@ class Reader:
         *,
         skip: bool = False,
         may_be_empty: bool = False,
+        chosen: bool = False,
         on_refused: Callable[[Line, InputError], None] = lambda line, error: None,
     ) -> None:
         self.names = tuple(names)
         self.skip = skip
         self.on_refused = on_refused
         self.may_be_empty = may_be_empty
+        self.chosen = chosen
         self.skipped = 0
         self.first_error: InputError | None = None
         self.sources: list[Source] = []
@@ -140,7 +143,9 @@ class Reader:
                     if "parent_id" in row and "message_tree_id" in row:
                         loose.setdefault(str(row["message_tree_id"]), []).append((line, row))
                         continue
-                    found = [make(thread) for thread in _from_row(line, row)]
+                    is_pair = self.chosen and "chosen" in row and "rejected" in row
+                    threads = _from_pair(line, row) if is_pair else _from_row(line, row)
+                    found = [make(thread) for thread in threads]
                 except InputError as error:
                     self.refuse(error)
                     self.on_refused(line, error)
@@ -268,6 +273,12 @@ def _from_tree(line: Line, row: dict[str, Any], root: dict[str, Any], tree: str)
             stack += [(reply, thread) for reply in reversed(replies)]
         elif len(thread) > 1:  # an opening that nobody answered teaches nothing
             yield Thread(line, row, thread, tree, False)
+
+
+def _from_pair(line: Line, row: dict[str, Any]) -> Iterator[Thread]:
+    """The thread of a preference pair that ends in the chosen answer; raises `InputError`."""
+    pair = _pair(line, row)
+    yield Thread(line, row, [message.as_dict() for message in (*pair.prompt, pair.chosen)], None, True)
 
 
 def _pair(line: Line, row: dict[str, Any]) -> Pair:
