@@ -60,7 +60,7 @@ def write_rows(path: Path, *rows: dict[str, Any] | str) -> Path:
 
 
 def shown(path: Path) -> list[Shown]:
-    return list(Reader([str(path)]).read(show))
+    return list(Reader([str(path)], chosen=True).read(show))
 
 
 # What Python puts into a page
@@ -274,6 +274,15 @@ def test_search_finds_words_in_any_order_and_phrases_as_they_stand(open_in: Open
     expect(status(page)).to_contain_text("1 of")
     page.get_by_role("button", name="Clear").click()
     expect(status(page)).to_have_text(f"{len(ROWS)} dialogues")
+
+
+def test_pair_is_shown_with_both_answers(open_in: Open, tmp_path: Path) -> None:
+    pair = {"prompt": [{"role": "user", "content": "Hi"}], "chosen": "Hello", "rejected": "What?", "id": "p"}
+    as_messages = {**pair, "chosen": [{"role": "assistant", "content": "Hello"}], "id": "q"}
+    path = write_page_of(write_rows(tmp_path / "d.jsonl", pair, as_messages), tmp_path / "p.html")
+    page = open_in(path, "#q")
+    seen = ["User · 1Hi", "Assistant · chosenHello", "Assistant · rejectedWhat?"]
+    expect(page.locator(".message")).to_have_text(seen)
 
 
 def test_filters_narrow_the_list_and_the_plots(open_in: Open, page_file: Path) -> None:

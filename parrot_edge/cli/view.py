@@ -44,7 +44,7 @@ def view(dialogues: str, output: str, force: bool, on_error: str) -> None:
     if output == "-" and sys.stdout.isatty():
         raise UsageError("a page is nothing for a terminal; name a file with -o PAGE")
     options.refuse_same_file(dialogues, output)
-    reader = Reader([dialogues], skip=on_error == "skip", may_be_empty=True)
+    reader = Reader([dialogues], skip=on_error == "skip", may_be_empty=True, chosen=True)
     title = "Dialogues" if dialogues == "-" else dialogues.rpartition("/")[2]
     if output == "-":
         count = write_page(reader.read(show), sys.stdout.buffer, title=title)

@@ -303,14 +303,22 @@ function drawDialogue(dialogue, row) {
   }
   const messages = element("ol", { className: "messages" });
   let turn = 0;
-  for (const { role, content } of row.messages) {
-    if (role === "user") turn++;
-    const who = { user: `User · ${turn}`, assistant: "Assistant", system: "System" }[role];
-    const text = element("div", { dir: "auto" }, ...withMarks(content));
-    messages.append(element("li", { className: `message ${role}` }, element("h3", {}, who), text));
+  for (const message of row.messages) {
+    if (message.role === "user") turn++;
+    const preferred = row.rejected !== undefined && message === row.messages.at(-1);
+    const who = { user: `User · ${turn}`, assistant: "Assistant", system: "System" }[message.role];
+    messages.append(drawMessage(message.role, preferred ? `${who} · chosen` : who, message.content));
+  }
+  if (row.rejected !== undefined) {
+    messages.append(drawMessage("assistant rejected", "Assistant · rejected", row.rejected));
   }
   const heading = element("h2", { dir: "auto", tabIndex: -1 }, String(title));
   return [heading, about, makeNavigation(), messages, ...drawDetails(row.details)];
+}
+
+function drawMessage(kind, who, content) {
+  const text = element("div", { dir: "auto" }, ...withMarks(content));
+  return element("li", { className: `message ${kind}` }, element("h3", {}, who), text);
 }
 
 function makeNavigation() {

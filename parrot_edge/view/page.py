@@ -149,7 +149,8 @@ def _chunks(dialogues: Iterable[Shown], index: _Index) -> Iterator[str]:
         if not texts:
             index.chunks.append(index.count)
         messages = [message.as_dict() for message in shown.messages]
-        texts.append(_json({"id": index.add(shown), "messages": messages, "details": shown.details}))
+        row = {"id": index.add(shown), "messages": messages, "details": shown.details}
+        texts.append(_json(row if shown.rejected is None else {**row, "rejected": shown.rejected}))
         size += len(texts[-1])
         if size >= _CHUNK_BYTES:
             yield f"[{','.join(texts)}]"

@@ -21,8 +21,9 @@ function search(next) {
 
 async function read({ first, packed }) {
   const dialogues = await unpack(packed);
-  const added = dialogues.map(({ id, messages, details }, offset) => {
-    const parts = [id, details.topic ?? "", ...messages.map((message) => message.content)];
+  const added = dialogues.map(({ id, messages, details, rejected }, offset) => {
+    const contents = messages.map((message) => message.content);
+    const parts = [id, details.topic ?? "", ...contents, rejected ?? ""];
     texts.set(first + offset, parts.join("\n").toLowerCase());
     return first + offset;
   });

@@ -19,7 +19,16 @@ from parrot_edge.roles import sounds_like_assistant
 _OPENING = 140  # characters that the list shows
 _HISTORY = 8  # messages before a turn that it is compared with, as in `parrot stats`
 
-_MESSAGE_COLUMNS = ("messages", "conversations", "conversation", "data", "prompt", "replies", "text")
+_MESSAGE_COLUMNS = (
+    "messages",
+    "conversations",
+    "conversation",
+    "data",
+    "prompt",
+    "replies",
+    "text",
+    "chosen",
+)
 """Columns that a thread's messages come from; the others are shown as details."""
 
 _UNSEEN = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
@@ -31,6 +40,7 @@ class Shown:
     """A dialogue as a page holds it; every text is valid UTF-8 without control characters.
 
     details   the row's other columns
+    rejected  of a preference pair, the answer that the last message was preferred to
     opening   how it begins, on one line
     measures  a number by name, each of them 0 or more: a page plots it and filters by its range
     labels    what may be said of it, by kind: a page counts them and filters by them
@@ -42,13 +52,14 @@ class Shown:
     opening: str
     measures: dict[str, int]
     labels: dict[str, tuple[str, ...]]
+    rejected: str | None = None
 
 
 def show(thread: Thread) -> Shown:
     """A thread as it is shown; raises `InputError` naming the line of one that is no dialogue."""
     messages = parse_messages(thread.line, visible(thread.messages))
     details = {key: visible(value) for key, value in thread.row.items() if key not in _MESSAGE_COLUMNS}
-    given = details.pop("id", None)
+    given, rejected = details.pop("id", None), details.pop("rejected", None)
     turns = [message for message in messages if message.role != "system"]
     first = turns[0].content if turns else str(details.get("topic") or "")
     return Shown(
@@ -66,6 +77,7 @@ def show(thread: Thread) -> Shown:
             "flags": tuple(dict.fromkeys(_flags(thread, messages, details))),
             "opening": (find_question_type(first),) if turns else (),
         },
+        rejected=_answer(rejected),
     )
 
 
@@ -102,6 +114,13 @@ def _count_links(turns: list[Message]) -> dict[str, int]:
         "context-dependent turns": sum(link.dependent for link in links),
         "topic shifts": sum(link.shift for link in links),
     }
+
+
+def _answer(value: Any) -> str | None:
+    """The text of a pair's answer, which is a text, a message, or messages of which it is the last."""
+    last = value[-1] if isinstance(value, list) and value else value
+    text = last.get("content") if isinstance(last, dict) else last
+    return text if isinstance(text, str) else None
 
 
 def _identity(messages: tuple[Message, ...]) -> list[list[str]]:
