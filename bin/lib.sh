@@ -18,3 +18,26 @@ install_package() {
         touch "$stamp"
     fi
 }
+
+# The page of `parrot view` is tried in a real browser: the system's Chromium, or the one that playwright keeps.
+find_chromium() {
+    command -v chromium || command -v chromium-browser || command -v google-chrome ||
+        .venv/bin/python -c 'if 1:
+            import os, sys
+            from playwright.sync_api import sync_playwright
+            with sync_playwright() as playwright:
+                sys.exit(not os.path.exists(playwright.chromium.executable_path))'
+}
+
+install_chromium() {
+    find_chromium >/dev/null && return
+    echo "Installing Chromium for the tests of parrot view ..." >&2
+    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+        { apt-get update --quiet && apt-get install --quiet --yes --no-install-recommends chromium; } >/dev/null || true
+    else
+        .venv/bin/python -m playwright install chromium >&2 || true
+    fi
+    find_chromium >/dev/null && return
+    echo "Chromium is needed to test the page of parrot view; install it, as with: sudo apt-get install chromium" >&2
+    exit 1
+}

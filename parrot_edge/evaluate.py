@@ -25,6 +25,10 @@ from typing import Any
 
 import numpy as np
 
+from parrot_edge.data.diversity import STRETCH, find_distinct
+from parrot_edge.data.likeness import COMPARED, tell_apart
+from parrot_edge.data.sources import Dialogue, Reader, is_held_out
+from parrot_edge.data.text import words_of
 from parrot_edge.dialogue import Message, Seed
 from parrot_edge.engine.base import Engine, Reply, Request, Sampling, Session
 from parrot_edge.engine.likelihood import Likelihood
@@ -35,19 +39,6 @@ from parrot_edge.models import LocalModel, RemoteModel, parse_model
 from parrot_edge.pair import Load, open_pair
 from parrot_edge.roles import END_MARK, FLIPPED, NATIVE, AskPrompt, Speaker, ask_view, sounds_like_assistant
 from parrot_edge.simulate import RowsOnly, Run, RunSettings, take_in_turn
-from parrot_edge.train.data import is_held_out
-from parrot_edge.train.sources import Dialogue, Reader
-
-COMPARED = 800
-"""Characters of a message that are compared for diversity and by the classifier, about what Ask has room
-for: so that a long text which somebody pasted is not told by its length."""
-
-STRETCH = 300
-"""Words in which distinct n-grams are counted: their share falls the more words there are."""
-
-_FOLDS = 5
-_WORD = re.compile(r"\w+(?:['’]\w+)*")
-
 
 # What is measured, and where
 
@@ -387,49 +378,17 @@ def _find_distinct(said: Iterable[tuple[str, Member]], n: int) -> np.ndarray:
     """
     words: dict[Member, list[str]] = {}
     for text, member in said:
-        words.setdefault(member, []).extend(_WORD.findall(text[:COMPARED].lower()))
+        words.setdefault(member, []).extend(words_of(text[:COMPARED]))
     stretches: list[list[str]] = [[]]
     for member in sorted(words, key=lambda member: derive_seed(*member)):
         stretches[-1] += words[member]
         if len(stretches[-1]) >= STRETCH:
             stretches.append([])
-    shares = []
-    for stretch in stretches[:-1]:  # the last is too short
-        grams = list(zip(*(stretch[offset:STRETCH] for offset in range(n)), strict=False))
-        shares.append(len(set(grams)) / len(grams))
+    shares = [find_distinct(stretch[:STRETCH], n) for stretch in stretches[:-1]]  # the last is too short
     if not shares:
         return np.full(1, np.nan)
     resampling, members = Resampling.of(len(shares))
     return resampling.mean(members, shares)
-
-
-def tell_apart(
-    pairs: Sequence[tuple[str, str]], members: Sequence[Member], resampling: Resampling
-) -> np.ndarray:
-    """How well a classifier tells messages of people from generated ones, given in pairs: AUC.
-
-    Logistic regression on n-grams of letters and of words (TF-IDF), cross-validated so that the
-    messages of a dialogue are judged by a classifier that saw none of them.
-    """
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import GroupKFold, cross_val_predict
-    from sklearn.pipeline import make_pipeline, make_union
-
-    groups = {member: number for number, member in enumerate(dict.fromkeys(members))}
-    if len(groups) < 2:
-        return np.full(1, np.nan)
-    letters = TfidfVectorizer(analyzer="char_wb", ngram_range=(1, 4), sublinear_tf=True, lowercase=False)
-    words = TfidfVectorizer(token_pattern=r"\w+|[^\w\s]", ngram_range=(1, 2), sublinear_tf=True)
-    sure = cross_val_predict(
-        make_pipeline(make_union(letters, words), LogisticRegression(max_iter=1000)),
-        [pair[side][:COMPARED] for side in (0, 1) for pair in pairs],
-        np.repeat([1, 0], len(pairs)),
-        groups=2 * [groups[member] for member in members],
-        cv=GroupKFold(min(_FOLDS, len(groups))),
-        method="decision_function",
-    )
-    return resampling.auc((members, sure[: len(pairs)]), (members, sure[len(pairs) :]))
 
 
 # Whole dialogues

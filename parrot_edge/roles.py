@@ -237,11 +237,32 @@ def repeats(text: str, earlier: Sequence[str]) -> bool:
     >>> repeats("no no no " * 40, [])
     True
     """
-    data = text.encode("utf-8")
-    if len(data) > 200 and len(data) > 6 * len(zlib.compress(data)):
-        return True
     words = _count_words(text)
-    return any(_alike(words, _count_words(other)) for other in earlier)
+    return _runs_in_a_circle(text) or any(_alike(words, _count_words(other)) for other in earlier)
+
+
+def find_repetition(texts: Sequence[str], *, least: int = 4) -> int | None:
+    """The place of the first text that `repeats` one before it or runs in a circle, or None; texts of
+    fewer words than `least` may come again.
+
+    >>> find_repetition(["why?", "why?", "what does it cost there", "What does it cost there?"])
+    3
+    """
+    earlier: list[Counter[str]] = []
+    for place, text in enumerate(texts):
+        words = _count_words(text)
+        if _runs_in_a_circle(text):
+            return place
+        if words.total() >= least:
+            if any(_alike(words, other) for other in earlier):
+                return place
+            earlier.append(words)
+    return None
+
+
+def _runs_in_a_circle(text: str) -> bool:
+    data = text.encode("utf-8")
+    return len(data) > 200 and len(data) > 6 * len(zlib.compress(data))
 
 
 def _count_words(text: str) -> Counter[str]:
@@ -250,7 +271,8 @@ def _count_words(text: str) -> Counter[str]:
 
 def _alike(one: Counter[str], other: Counter[str]) -> bool:
     """Whether nine words in ten are common to both (Dice coefficient of the bags of words)."""
-    return 2 * (one & other).total() >= 0.9 * (one.total() + other.total())
+    least = 0.45 * (one.total() + other.total())
+    return min(one.total(), other.total()) >= least and (one & other).total() >= least
 
 
 _FAREWELL = re.compile(

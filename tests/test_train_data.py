@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from tiny_models import TEMPLATES, make_tokenizer
 
+from parrot_edge.data.sources import Dialogue, Reader, is_held_out
 from parrot_edge.dialogue import Message
 from parrot_edge.errors import InputError, ModelError
 from parrot_edge.jsonl import Line
@@ -25,12 +26,10 @@ from parrot_edge.train.data import (
     Turn,
     build_corpus,
     build_pairs,
-    is_held_out,
     pack_rows,
     sample_rows,
     split_row,
 )
-from parrot_edge.train.sources import Dialogue, Reader
 from parrot_edge.train.template import TurnTemplate, Unwritable
 
 pytest.importorskip("transformers")

@@ -21,6 +21,9 @@ VERBS = {
     "chat": "Add the assistant's next message to each dialogue; on a terminal, talk to it.",
     "train": "Train an adapter that plays the user (Ask) or the assistant (Chat).",
     "evaluate": "Measure how much Ask is like the people it plays.",
+    "stats": "Describe dialogues by the measures that papers compare such data by.",
+    "curate": "Keep the dialogues that are worth training on; the others go aside, each with its reason.",
+    "view": "Make one HTML page of dialogues, to read, search and filter them.",
     "recipes": "List, show, copy and check training recipes.",
     "models": "List models, fetch them, and name them.",
     "doctor": (

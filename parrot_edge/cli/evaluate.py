@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from parrot_edge.cli import options
+from parrot_edge.cli.table import align_columns, format_figure
 from parrot_edge.intake import Intake
 from parrot_edge.models import parse_model
 from parrot_edge.seeds import builtin_path
@@ -199,11 +200,10 @@ def _table(report: dict[str, Any]) -> list[str]:
     prompts = [f"@{column['prompt']}"[:26] if column["prompt"] else "" for column in columns]
     lines = [["", *names], ["", *prompts]]
     for section, rows in _sections(report):
-        cells = {title: [_cell(_dig(column, *path)) for column in columns] for title, path in rows}
+        cells = {title: [format_figure(_dig(column, *path)) for column in columns] for title, path in rows}
         known = [[f"  {title}", *row] for title, row in cells.items() if any(row)]
         lines += [[section], *known] if known else []
-    widths = [max(len(line[at]) for line in lines if at < len(line)) for at in range(len(names) + 1)]
-    return ["  ".join(cell.ljust(widths[at]) for at, cell in enumerate(line)).rstrip() for line in lines]
+    return align_columns(lines)
 
 
 def _dig(tree: Any, *path: str) -> Any:
@@ -211,19 +211,3 @@ def _dig(tree: Any, *path: str) -> Any:
     for key in path:
         tree = tree.get(key) or {}
     return tree
-
-
-def _cell(figure: dict[str, float]) -> str:
-    """A figure with its interval, "" where there is none.
-
-    >>> _cell({"value": 0.5, "low": 0.25, "high": 1}), _cell({"value": 31.25, "low": 30, "high": 33})
-    ('0.500 [0.250 1.000]', '31.25 [30.00 33.00]')
-    >>> _cell({"value": 0.00123, "low": 0, "high": 0.002})
-    '1.2e-03 [0.0e+00 2.0e-03]'
-    """
-    if not figure:
-        return ""
-    size = abs(figure["value"])
-    form = ".1e" if 0 < size < 0.01 else ".3f" if size < 10 else ".2f" if size < 100 else ".1f"
-    value, low, high = (format(figure[key], form) for key in ("value", "low", "high"))
-    return f"{value} [{low} {high}]"

@@ -160,18 +160,18 @@ def open_intake(source: str, given: dict[str, Any], *, replace: bool, waiting: s
     """What is read, and with `--on-error skip` the rejects file, which `replace` replaces."""
     output, rejects = given["output"], None
     path = given["rejects"] or ("rejects.jsonl" if output == "-" else f"{output}.rejects.jsonl")
-    _refuse_same_file(source, output)
+    refuse_same_file(source, output)
     if given["rejects"] and given["on_error"] != "skip":
         raise UsageError("--rejects needs --on-error skip")
     if given["on_error"] == "skip":
-        _refuse_same_file(source, path)
+        refuse_same_file(source, path)
         if os.path.abspath(path) == os.path.abspath(output):
             raise UsageError(f"-o and --rejects both name {path}; give them different names")
         rejects = Rejects(Path(path), replace=replace)
     return Intake(source, given["text"], given["limit"], waiting, rejects)
 
 
-def _refuse_same_file(source: str, target: str) -> None:
+def refuse_same_file(source: str, target: str) -> None:
     """What is read must not be what is written: it would be gone, or grow without end."""
     try:
         read = os.stat(sys.stdin.fileno() if source == "-" else source)

@@ -12,7 +12,7 @@ each of its turns keeps its end, a quarter of the row at most. A turn that does 
 history is split: its next part follows on the end of the part before, which is context there, and
 only the last part is closed. Every row starts as a dialogue does, with the user.
 
-It knows nothing of models; `template` knows how turns are written, `sources` where they come from.
+It knows nothing of models; `template` knows how turns are written, `data.sources` where they come from.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from typing import Any
 
 import numpy as np
 
+from parrot_edge.data.sources import Dialogue, Reader, Source, is_held_out
 from parrot_edge.dialogue import Message
 from parrot_edge.errors import InputError
 from parrot_edge.recipe import DataOptions
-from parrot_edge.train.sources import Dialogue, Reader, Source
 from parrot_edge.train.template import TurnTemplate, Unwritable
 
 CONTEXT = -100
@@ -280,12 +280,6 @@ def find_active(row: Row, invocation: Sequence[int]) -> list[tuple[int, int]]:
         if before:
             ranges.append((int(places[before - 1]), int(stop)))
     return ranges
-
-
-def is_held_out(dialogue: Dialogue, share: float) -> bool:
-    """Whether a dialogue is kept back; depends on its group alone, so trees are never torn apart."""
-    digest = hashlib.sha256(dialogue.group.encode()).digest()
-    return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
 def split_row(row: Row, turns: Sequence[Turn], max_length: int) -> list[Row]:

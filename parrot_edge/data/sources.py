@@ -1,4 +1,4 @@
-"""Where dialogues for training come from: the shapes that public data has, read as one.
+"""Where dialogues come from: the shapes that public data has, read as one.
 
     {"messages": [{"role", "content"}, ...]}                parrot, UltraChat 200k and most others
     {"conversations": [{"from": "human", "value"}, ...]}    ShareGPT
@@ -15,14 +15,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from parrot_edge.dialogue import Message, content_id, parse_messages
 from parrot_edge.errors import InputError
 from parrot_edge.jsonl import Line, read_lines
+
+_T = TypeVar("_T")
 
 ROLE_NAMES = {
     **dict.fromkeys(("human", "prompter"), "user"),
@@ -32,6 +34,22 @@ ROLE_NAMES = {
 
 ENDED = ("end", "farewell")
 """The `stop_reason`s of a simulated dialogue that somebody ended, rather than a limit."""
+
+
+@dataclass(frozen=True)
+class Thread:
+    """Messages in order as a source has them, in one shape but not yet checked.
+
+    row    the row that they come from; of a tree that came a message per row, its nested form
+    tree   id of the tree whose branch they are, or None
+    ended  as in `Dialogue`
+    """
+
+    line: Line
+    row: dict[str, Any]
+    messages: list[Any]
+    tree: str | None
+    ended: bool
 
 
 @dataclass(frozen=True)
@@ -59,6 +77,12 @@ class Dialogue:
         return self.tree or content_id(opening)
 
 
+def is_held_out(dialogue: Dialogue, share: float) -> bool:
+    """Whether a dialogue is kept back; depends on its group alone, so trees are never torn apart."""
+    digest = hashlib.sha256(dialogue.group.encode()).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2**64
+
+
 @dataclass(frozen=True)
 class Pair:
     """Two answers to the same history, of which `chosen` is the better one."""
@@ -82,18 +106,35 @@ class Reader:
     """Reads sources one after the other; `sources` and `skipped` tell afterwards what was read.
 
     A source is a JSON Lines file or `hf:owner/name[:split]`. With `skip`, a row that cannot be used
-    is counted instead of raising `InputError`, and `first_error` is the first of them.
+    is counted instead of raising `InputError`, and `first_error` is the first of them; `on_refused` is
+    told of each with its line. A source without rows raises it too, unless it may be empty. A
+    preference pair is no dialogue, but with `chosen` is read as the one that ends in the chosen answer.
     """
 
-    def __init__(self, names: Iterable[str], *, skip: bool = False) -> None:
+    def __init__(
+        self,
+        names: Iterable[str],
+        *,
+        skip: bool = False,
+        may_be_empty: bool = False,
+        chosen: bool = False,
+        on_refused: Callable[[Line, InputError], None] = lambda line, error: None,
+    ) -> None:
         self.names = tuple(names)
         self.skip = skip
+        self.on_refused = on_refused
+        self.may_be_empty = may_be_empty
+        self.chosen = chosen
         self.skipped = 0
         self.first_error: InputError | None = None
         self.sources: list[Source] = []
 
     def dialogues(self) -> Generator[Dialogue, None, None]:
         """All dialogues of all sources, each with both sides."""
+        return self.read(_dialogue)
+
+    def read(self, make: Callable[[Thread], _T]) -> Generator[_T, None, None]:
+        """What `make` makes of each thread of all sources; a row for which it raises is refused."""
         for name in self.names:
             loose: dict[str, list[tuple[Line, dict[str, Any]]]] = {}  # Open-Assistant, a message per row
             for line in self._lines(name):
@@ -102,16 +143,21 @@ class Reader:
                     if "parent_id" in row and "message_tree_id" in row:
                         loose.setdefault(str(row["message_tree_id"]), []).append((line, row))
                         continue
-                    found = list(_from_row(line, row))
+                    is_pair = self.chosen and "chosen" in row and "rejected" in row
+                    threads = _from_pair(line, row) if is_pair else _from_row(line, row)
+                    found = [make(thread) for thread in threads]
                 except InputError as error:
                     self.refuse(error)
+                    self.on_refused(line, error)
                     continue
                 yield from found
             for tree, rows in loose.items():
                 try:
-                    found = list(_from_tree(rows[0][0], _join_tree(rows), tree))
+                    nested = _join_tree(rows)
+                    found = [make(thread) for thread in _from_tree(rows[0][0], nested, nested, tree)]
                 except InputError as error:
                     self.refuse(error)
+                    self.on_refused(rows[0][0], error)
                     continue
                 yield from found
 
@@ -140,7 +186,7 @@ class Reader:
                 digest.update(line.data + b"\n")
                 count += 1
                 yield line
-            if not count:
+            if not count and not self.may_be_empty:
                 raise InputError("holds no rows", source=name)
         finally:  # also where the caller has enough
             short = name if name.startswith("hf:") else Path(name).name
@@ -163,19 +209,17 @@ def _hub_lines(name: str) -> Iterator[Line]:
         yield Line(name, number, json.dumps(row, ensure_ascii=False, default=str).encode())
 
 
-def _from_row(line: Line, row: dict[str, Any]) -> Iterator[Dialogue]:
-    """The dialogue of a row, or those of its tree; raises `InputError`."""
-    if isinstance(row.get("prompt"), dict):
-        yield from _from_tree(
-            line, row["prompt"], str(row.get("message_tree_id") or content_id(row["prompt"]))
-        )
+def _from_row(line: Line, row: dict[str, Any]) -> Iterator[Thread]:
+    """The thread of a row, or those of its tree; raises `InputError`."""
+    if isinstance(root := row.get("prompt"), dict):
+        yield from _from_tree(line, row, root, str(row.get("message_tree_id") or content_id(root)))
         return
     for column in ("messages", "conversations", "conversation", "data"):
         if isinstance(row.get(column), list):
             ended = row.get("stop_reason", "end") in ENDED and not row.get("truncated")
             tree = row.get("tree") or row.get("message_tree_id")
             messages = [_message(position, item) for position, item in enumerate(row[column])]
-            yield _dialogue(line, messages, str(tree) if tree else None, ended)
+            yield Thread(line, row, messages, str(tree) if tree else None, ended and not tree)
             return
     raise line.error(
         f"has none of the columns messages, conversations, conversation, data or prompt, but {', '.join(row)}"
@@ -197,11 +241,11 @@ def _message(position: int, item: Any) -> Any:
     return {"role": ROLE_NAMES.get(role, role) if isinstance(role, str) else role, "content": content}
 
 
-def _dialogue(line: Line, messages: list[Any], tree: str | None, ended: bool) -> Dialogue:
-    parsed = parse_messages(line, messages)
+def _dialogue(thread: Thread) -> Dialogue:
+    parsed = parse_messages(thread.line, thread.messages)
     if not any(message.role == "assistant" for message in parsed):
-        raise line.error("has no assistant turn; a dialogue to learn from has both sides")
-    return Dialogue(parsed, tree, ended and tree is None, line)
+        raise thread.line.error("has no assistant turn; a dialogue to learn from has both sides")
+    return Dialogue(parsed, thread.tree, thread.ended, thread.line)
 
 
 def _join_tree(rows: list[tuple[Line, dict[str, Any]]]) -> dict[str, Any]:
@@ -218,7 +262,7 @@ def _join_tree(rows: list[tuple[Line, dict[str, Any]]]) -> dict[str, Any]:
     return roots[0]
 
 
-def _from_tree(line: Line, root: dict[str, Any], tree: str) -> Iterator[Dialogue]:
+def _from_tree(line: Line, row: dict[str, Any], root: dict[str, Any], tree: str) -> Iterator[Thread]:
     """The threads of a tree from its root to each leaf, in order."""
     stack: list[tuple[Any, list[Any]]] = [(root, [])]
     while stack:
@@ -228,7 +272,13 @@ def _from_tree(line: Line, root: dict[str, Any], tree: str) -> Iterator[Dialogue
         if replies:
             stack += [(reply, thread) for reply in reversed(replies)]
         elif len(thread) > 1:  # an opening that nobody answered teaches nothing
-            yield _dialogue(line, thread, tree, True)
+            yield Thread(line, row, thread, tree, False)
+
+
+def _from_pair(line: Line, row: dict[str, Any]) -> Iterator[Thread]:
+    """The thread of a preference pair that ends in the chosen answer; raises `InputError`."""
+    pair = _pair(line, row)
+    yield Thread(line, row, [message.as_dict() for message in (*pair.prompt, pair.chosen)], None, True)
 
 
 def _pair(line: Line, row: dict[str, Any]) -> Pair:

@@ -1,0 +1,1 @@
+"""Dialogues as data: read from any shape, described, and curated."""

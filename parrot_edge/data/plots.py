@@ -1,0 +1,67 @@
+"""The distributions of `parrot stats` as pictures."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from parrot_edge.errors import OutputError, UsageError
+
+_PLOTS = {
+    "turns": ("histograms.turns", "Turns of a dialogue"),
+    "user-words": ("histograms.user_words", "Words of a user's message, up to"),
+    "assistant-words": ("histograms.assistant_words", "Words of an answer, up to"),
+    "questions": ("questions", "What users ask"),
+    "stop-reasons": ("stop_reasons", "What ended the dialogues"),
+}
+"""Name of the file: where a report has the numbers, and the title."""
+
+
+def draw_plots(reports: Sequence[dict[str, Any]], folder: Path, *, force: bool = False) -> list[Path]:
+    """A bar chart as SVG for each distribution, files side by side; the paths written.
+
+    Raises `OutputError` where a file exists, and `UsageError` where matplotlib is missing.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        raise UsageError("plots need matplotlib; run pip install 'parrot-edge[data]'") from None
+    paths = [folder / f"{name}.svg" for name in _PLOTS]
+    for path in paths:
+        if path.exists() and not force:
+            raise OutputError(f"{path} exists; choose another folder or pass --force to replace it")
+    folder.mkdir(parents=True, exist_ok=True)
+    for path, (key, title) in zip(paths, _PLOTS.values(), strict=True):
+        figure = Figure(figsize=(7, 3.2), layout="constrained")
+        axes = figure.subplots()
+        _draw_bars(axes, [_shares(report, key) for report in reports], [r["name"] for r in reports])
+        axes.set_title(title, loc="left", fontsize=11)
+        partial = path.with_name(path.name + ".partial")
+        figure.savefig(partial, format="svg", metadata={"Date": None})
+        os.replace(partial, path)
+    return paths
+
+
+def _shares(report: dict[str, Any], key: str) -> dict[str, float]:
+    numbers: Any = report
+    for part in key.split("."):
+        numbers = numbers[part]
+    total = sum(value or 0 for value in numbers.values()) or 1
+    return {name: (value or 0) / total for name, value in numbers.items()}
+
+
+def _draw_bars(axes: Any, shares: Sequence[dict[str, float]], names: Sequence[str]) -> None:
+    labels = list(dict.fromkeys(label for each in shares for label in each))
+    if all(label.isdigit() for label in labels):
+        labels.sort(key=int)
+    width = 0.8 / len(shares)
+    for number, (each, name) in enumerate(zip(shares, names, strict=True)):
+        places = [place + width * (number - (len(shares) - 1) / 2) for place in range(len(labels))]
+        axes.bar(places, [each.get(label, 0) for label in labels], width, label=name)
+    axes.set_xticks(range(len(labels)), labels, fontsize=8, rotation=30 if len(labels) > 12 else 0)
+    axes.set_ylabel("share", fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(shares) > 1:
+        axes.legend(frameon=False, fontsize=9)

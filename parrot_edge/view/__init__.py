@@ -1,0 +1,1 @@
+"""Dialogues as one HTML page that needs nothing else."""
