@@ -55,13 +55,7 @@ def evaluate() -> None:
     metavar="N",
     help="N dialogues of each file, drawn by --seed; the branches of a tree count as one.",
 )
-@click.option(
-    "--on-error",
-    type=click.Choice(["stop", "skip"]),
-    default="stop",
-    show_default=True,
-    help="At a bad row: stop, or leave it out.",
-)
+@options.skip_option
 @click.option(
     "--points",
     type=click.IntRange(0),

@@ -44,6 +44,13 @@ def stack(*decorators: Callable[[_Command], _Command]) -> Callable[[_Command], _
 output_option = click.option(
     "-o", "--output", default="-", metavar="FILE", help="Where rows go; - is stdout.  [default: -]"
 )
+skip_option = click.option(
+    "--on-error",
+    type=click.Choice(["stop", "skip"]),
+    default="stop",
+    show_default=True,
+    help="At a bad row: stop, or leave it out.",
+)
 rows_options = stack(
     click.option("--text", is_flag=True, help="Take a line that is not a JSON object as a prompt."),
     click.option("--limit", type=click.IntRange(1), metavar="N", help="Stop after N rows of the input."),

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from parrot_edge.cli import options
 from parrot_edge.cli.table import align_columns, format_figure
 from parrot_edge.data.questions import QUESTION_TYPES
 from parrot_edge.errors import UsageError
@@ -21,13 +22,7 @@ from parrot_edge.errors import UsageError
 @click.option("--chat", metavar="MODEL", help="With --ask: the model that answers.")
 @click.option("--plots", metavar="DIR", help="Draw the distributions into this new folder, as SVG.")
 @click.option("--force", is_flag=True, help="Replace plots.")
-@click.option(
-    "--on-error",
-    type=click.Choice(["stop", "skip"]),
-    default="stop",
-    show_default=True,
-    help="At a bad row: stop, or leave it out.",
-)
+@options.skip_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def stats(
     dialogues: str,

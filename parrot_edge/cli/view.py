@@ -17,13 +17,7 @@ from parrot_edge.errors import UsageError
     "-o", "--output", default="-", metavar="PAGE", help="The page, an HTML file; - is stdout.  [default: -]"
 )
 @click.option("--force", is_flag=True, help="Replace what -o names.")
-@click.option(
-    "--on-error",
-    type=click.Choice(["stop", "skip"]),
-    default="stop",
-    show_default=True,
-    help="At a bad row: stop, or leave it out.",
-)
+@options.skip_option
 def view(dialogues: str, output: str, force: bool, on_error: str) -> None:
     """Make one HTML page of dialogues, to read, search and filter them.
 
