@@ -13,6 +13,7 @@ import numpy as np
 from parrot_edge.dialogue import Message
 from parrot_edge.engine.base import Request
 from parrot_edge.engine.batch import find_invocation
+from parrot_edge.engine.ggml import Observer
 from parrot_edge.engine.llama import LlamaEngine
 from parrot_edge.engine.native import ContextShape, Model
 from parrot_edge.machine import choose_threads
@@ -28,17 +29,23 @@ class Likelihood:
 
     What a conversation has in common with the one measured before it is not read again, so the turns
     of a dialogue, measured in order, cost one pass over it. `tokens` is the longest text that is
-    measured, the model's own limit where that is less.
+    measured, the model's own limit where that is less. For `observer` see `Context`.
     """
 
     def __init__(
-        self, path: Path, *, adapter: Path | None = None, tokens: int = 2048, threads: int | None = None
+        self,
+        path: Path,
+        *,
+        adapter: Path | None = None,
+        tokens: int = 2048,
+        threads: int | None = None,
+        observer: Observer | None = None,
     ) -> None:
         model = Model(path)
         self.tokens = min(tokens, model.trained_context or tokens)
         shape = ContextShape(1, self.tokens, threads or choose_threads().count, _BATCH, outputs=_BATCH)
         lora = model.load_adapter(adapter) if adapter else None
-        self.engine = LlamaEngine.over(model, shape, lora)
+        self.engine = LlamaEngine.over(model, shape, lora, observer=observer)
         self._activated, self._context = self.engine.adapter, self.engine.batcher.context
         self._model = model
         self._read: list[int] = []  # what the cache holds, as far as every message would read it

@@ -1,6 +1,7 @@
 """llama.cpp's C interface, typed and safe: handles that free themselves, errors instead of NULL.
 
-The one module that calls `llama_cpp`. It knows nothing of scheduling; see `llama` for that.
+The one module that calls `llama_cpp`, but for `ggml`, which looks into what is computed. It knows nothing
+of scheduling; see `llama` for that.
 """
 
 from __future__ import annotations
@@ -8,9 +9,10 @@ from __future__ import annotations
 import ctypes
 import importlib.metadata
 import os
+import re
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ import llama_cpp.llama_cpp as C
 import numpy as np
 
 from parrot_edge.engine.base import INVOCATION_KEY, Sampling
+from parrot_edge.engine.ggml import Observer, Watch
 from parrot_edge.errors import ModelError, UsageError
 
 MAX_SEQUENCES = 256
@@ -27,6 +30,7 @@ MAX_SEQUENCES = 256
 _PENALTY_WINDOW = 64  # tokens
 _PENALTY_CANDIDATES = 128  # penalties look each candidate up, and llama.cpp finds more than 128 slowly
 _WARN, _ERROR = 3, 4  # ggml_log_level
+_ONLY_CONVERTED = ("NVFP4",)  # file types that llama.cpp reads but does not quantise to
 
 _log: deque[str] = deque(maxlen=20)
 
@@ -80,21 +84,67 @@ def read_metadata(path: Path) -> dict[str, str]:
         return model.metadata
 
 
-def quantize(source: Path, target: Path, type_name: str, threads: int) -> None:
+def file_types() -> dict[str, int]:
+    """The file types that this llama.cpp can write, by the names that llama-quantize has for them."""
+    prefix = re.compile(r"LLAMA_FTYPE_(?:MOSTLY|ALL)_")
+    names = {prefix.sub("", name): name for name in dir(C) if prefix.match(name)}
+    return {name: getattr(C, names[name]) for name in sorted(names) if name not in _ONLY_CONVERTED}
+
+
+def quantize(
+    source: Path,
+    target: Path,
+    type_name: str,
+    threads: int,
+    *,
+    importance: Mapping[str, np.ndarray] | None = None,
+    notes: Mapping[str, int | str] | None = None,
+) -> None:
     """Write `source` anew with its matrices as `type_name` ("Q4_0", "Q8_0", "F16", ...).
 
-    Weights that are quantised already are expanded first. Raises `UsageError` for an unknown type
-    and `ModelError` where llama.cpp fails; a half-written target is removed.
+    Weights that are quantised already are expanded first. Nothing can stop it before its end; see
+    `quantizer` for a call that can be stopped. Raises `UsageError` for an unknown type and `ModelError`
+    where llama.cpp fails; a half-written target is removed.
+
+    importance  of each tensor's columns, by its name: float32 (matrices * columns,)
+    notes       metadata to add
     """
-    ftype = getattr(C, f"LLAMA_FTYPE_MOSTLY_{type_name.upper()}", None)
+    ftype = file_types().get(type_name.upper())
     if ftype is None:
         raise UsageError(f"{type_name} is no file type of llama.cpp; Q8_0, Q4_K_M and F16 are some")
     params = C.llama_model_quantize_default_params()
     params.ftype, params.allow_requantize, params.nthread = ftype, True, threads
+    entries = [  # what the structures point to must live as long as the call
+        (name.encode(), np.ascontiguousarray(values, np.float32).ravel())
+        for name, values in (importance or {}).items()
+    ]
+    if entries:
+        params.imatrix = (C.llama_model_imatrix_data * (len(entries) + 1))(
+            *(
+                C.llama_model_imatrix_data(
+                    name, values.ctypes.data_as(ctypes.POINTER(ctypes.c_float)), values.size
+                )
+                for name, values in entries
+            )
+        )
+    if notes:
+        params.kv_overrides = (C.llama_model_kv_override * (len(notes) + 1))(*map(_override, notes.items()))
     _log.clear()
     if C.llama_model_quantize(os.fsencode(source), os.fsencode(target), ctypes.byref(params)) != 0:
         target.unlink(missing_ok=True)
         raise ModelError(f"{source} cannot be written as {type_name}: {_why()}")
+
+
+def _override(note: tuple[str, int | str]) -> C.llama_model_kv_override:
+    """A line of metadata as llama.cpp takes it; it holds at most 127 bytes of text."""
+    key, value = note
+    entry = C.llama_model_kv_override(key=key.encode())
+    if isinstance(value, int):
+        entry.tag, entry.value.val_i64 = C.LLAMA_KV_OVERRIDE_TYPE_INT, value
+    else:
+        text = value.encode()[:127].decode("utf-8", "ignore").encode()
+        entry.tag, entry.value.val_str = C.LLAMA_KV_OVERRIDE_TYPE_STR, text
+    return entry
 
 
 def _why() -> str:
@@ -269,10 +319,18 @@ class Context(_Handle):
     """A key-value cache over a model; each sequence has a stream of its own. With `adapter`, all that it
     reads and writes is under that one.
 
+    An `observer`, for contexts of one sequence, is told what the model's matrices are multiplied by.
     Raises `ModelError` where llama.cpp cannot allocate it.
     """
 
-    def __init__(self, model: Model, shape: ContextShape, adapter: Adapter | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        shape: ContextShape,
+        adapter: Adapter | None = None,
+        *,
+        observer: Observer | None = None,
+    ) -> None:
         self.model, self.shape, self.adapter = model, shape, adapter
         params = C.llama_context_default_params()
         params.n_ctx = shape.sequences * shape.tokens
@@ -282,6 +340,9 @@ class Context(_Handle):
         params.n_threads = params.n_threads_batch = shape.threads
         params.kv_unified = False
         params.no_perf = True
+        self._watch = Watch(observer) if observer is not None else None
+        if self._watch is not None:
+            params.cb_eval = self._watch.callback
         _log.clear()
         pointer = C.llama_init_from_model(model.pointer, params)
         if not pointer:
@@ -312,8 +373,12 @@ class Context(_Handle):
         until the next decode. The rows hold at most `shape.batch` tokens in all.
         """
         outputs = self._batch.fill(rows)
+        if self._watch is not None:
+            self._watch.expect(self._batch.wanted)
         _log.clear()
         code = C.llama_decode(self.pointer, self._batch.struct)
+        if self._watch is not None:
+            self._watch.check()
         if code != 0:
             raise ModelError(f"{self.model.path} failed to decode (code {code}): {_why()}")
         return outputs
@@ -389,6 +454,11 @@ class _Batch:
         self.struct.n_seq_id = self._count.ctypes.data_as(as_pointer(ctypes.c_int32))
         self.struct.seq_id = self._rows.ctypes.data_as(as_pointer(as_pointer(C.llama_seq_id)))
         self.struct.logits = self._logits.ctypes.data_as(as_pointer(ctypes.c_int8))
+
+    @property
+    def wanted(self) -> np.ndarray:
+        """Whether the logits of each token are wanted: int8 (T,), 0 or 1."""
+        return self._logits[: self.struct.n_tokens]
 
     def fill(self, rows: Sequence[tuple[int, int, Sequence[int], int]]) -> list[int]:
         start, outputs = 0, list[int]()
