@@ -233,8 +233,10 @@ def _mend_tokenizer(tokenizer: Any, path: Path) -> None:
 @contextlib.contextmanager
 def one_sentence(what: str) -> Iterator[None]:
     """Turn what the libraries raise for missing or broken files into one `ModelError`."""
+    from safetensors import SafetensorError
+
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ModelError(f"{what} cannot be loaded: {reason}") from None
