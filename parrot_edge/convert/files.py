@@ -7,7 +7,7 @@ import math
 import mmap
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,10 @@ from typing import Any
 import numpy as np
 
 from parrot_edge.errors import ModelError, OutputError, UsageError
+
+Metadata = Mapping[str, tuple[Any, Any]]
+"""Metadata to set: the name of a type, as `gguf.GGUFValueType` spells it, and a value; a list with the
+name in it stands for an array of that type."""
 
 BASE_SHA256_KEY = "parrot.base.sha256"
 """Metadata of an adapter: SHA-256 of the GGUF that it was trained on."""
@@ -176,3 +180,34 @@ def write_gguf(target: Path, architecture: str, *, force: bool) -> Iterator[Any]
             writer.close()
         with contextlib.suppress(OSError):
             draft.unlink(missing_ok=True)
+
+
+def add_metadata(writer: Any, given: Metadata, source: GgufFile | None = None) -> None:
+    """Set what is given, then what `source` has beside it; empty arrays, which say nothing, are left out."""
+    types = import_gguf().GGUFValueType
+    for key, (kind, value) in given.items():
+        is_array = isinstance(kind, list)
+        item = types[kind[0]] if is_array else None
+        writer.kv_data[0].pop(key, None)
+        writer.add_key_value(key, value, types.ARRAY if is_array else types[kind], item)
+    for key, known in source.metadata.items() if source else ():
+        if key not in writer.kv_data[0] and known.raw != []:
+            item = None if known.item is None else types(known.item)
+            writer.add_key_value(key, known.raw, types(known.type), item)
+
+
+def copy_gguf(source: Path, target: Path, metadata: Metadata, *, force: bool = False) -> None:
+    """Write a GGUF once more, with other metadata; raises as `read_gguf` and `write_gguf` do."""
+    file = read_gguf(source)
+    with write_gguf(target, file.get("general.architecture", ""), force=force) as writer:
+        writer.data_alignment = file.alignment
+        add_metadata(writer, metadata, file)
+        for tensor in file.tensors.values():
+            data = tensor.data
+            shape = (*tensor.shape[:-1], data.shape[-1])  # in bytes, as the writer wants quantised types
+            writer.add_tensor_info(tensor.name, shape, data.dtype, data.nbytes, tensor.type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for tensor in file.tensors.values():
+            writer.write_tensor_data(tensor.data)
