@@ -6,13 +6,15 @@ of scheduling; see `llama` for that.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import functools
 import importlib.metadata
 import os
 import re
 import weakref
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ MAX_SEQUENCES = 256
 
 _PENALTY_WINDOW = 64  # tokens
 _PENALTY_CANDIDATES = 128  # penalties look each candidate up, and llama.cpp finds more than 128 slowly
+_GGUF_STRING = 8  # enum gguf_type
 _WARN, _ERROR = 3, 4  # ggml_log_level
 _ONLY_CONVERTED = ("NVFP4",)  # file types that llama.cpp reads but does not quantise to
 
@@ -60,22 +63,81 @@ class _GgufParams(ctypes.Structure):
     _fields_ = (("no_alloc", ctypes.c_bool), ("context", ctypes.c_void_p))
 
 
-def is_activated(path: Path) -> bool:
-    """Whether a GGUF is an activated adapter, told from its header; raises `ModelError`."""
+@contextlib.contextmanager
+def _open_header(path: Path) -> Iterator[Any]:
+    """The header of a GGUF, and the library with the functions that read it; raises `ModelError`."""
     _check_gguf(path)
     gguf = C._lib  # llama_cpp does not declare this part of the library
     gguf.gguf_init_from_file.restype = ctypes.c_void_p
     gguf.gguf_init_from_file.argtypes = [ctypes.c_char_p, _GgufParams]
-    gguf.gguf_find_key.restype = ctypes.c_int64
-    gguf.gguf_find_key.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
     gguf.gguf_free.argtypes = [ctypes.c_void_p]
+    for name, result, *arguments in (
+        ("find_key", ctypes.c_int64, ctypes.c_char_p),
+        ("get_val_str", ctypes.c_char_p, ctypes.c_int64),
+        ("get_kv_type", ctypes.c_int, ctypes.c_int64),
+        ("get_n_tensors", ctypes.c_int64),
+        ("get_tensor_name", ctypes.c_char_p, ctypes.c_int64),
+        ("get_tensor_type", ctypes.c_int, ctypes.c_int64),
+    ):
+        function = getattr(gguf, f"gguf_{name}")
+        function.restype, function.argtypes = result, [ctypes.c_void_p, *arguments]
     header = gguf.gguf_init_from_file(os.fsencode(path), _GgufParams(no_alloc=True, context=None))
     if not header:
         raise ModelError(f"{path} cannot be read: {_why()}; check the file or fetch it again")
     try:
-        return bool(gguf.gguf_find_key(header, INVOCATION_KEY.encode()) >= 0)
+        yield gguf, header
     finally:
         gguf.gguf_free(header)
+
+
+def is_activated(path: Path) -> bool:
+    """Whether a GGUF is an activated adapter, told from its header; raises `ModelError`."""
+    with _open_header(path) as (gguf, header):
+        return bool(gguf.gguf_find_key(header, INVOCATION_KEY.encode()) >= 0)
+
+
+def read_text(path: Path, key: str) -> str | None:
+    """A text among the metadata of a GGUF, adapters included, or None; raises `ModelError`."""
+    with _open_header(path) as (gguf, header):
+        index = gguf.gguf_find_key(header, key.encode())
+        if index < 0 or gguf.gguf_get_kv_type(header, index) != _GGUF_STRING:
+            return None
+        return gguf.gguf_get_val_str(header, index).decode("utf-8", "replace")
+
+
+def tensor_types(path: Path) -> dict[str, str]:
+    """The type of each tensor of a GGUF, "F32" or "Q4_K", told from its header; raises `ModelError`."""
+    names = {number: kind.name for number, kind in enumerate(tensor_kinds())}
+    with _open_header(path) as (gguf, header):
+        return {
+            gguf.gguf_get_tensor_name(header, index).decode(): names[gguf.gguf_get_tensor_type(header, index)]
+            for index in range(gguf.gguf_get_n_tensors(header))
+        }
+
+
+@dataclass(frozen=True)
+class TensorKind:
+    """A type of tensors: `block` numbers of a row are kept together, in `bytes` bytes. Types that were
+    removed from llama.cpp have none of either."""
+
+    name: str
+    block: int
+    bytes: int
+
+
+@functools.cache
+def tensor_kinds() -> tuple[TensorKind, ...]:
+    """The types of tensors that this llama.cpp knows, by their number."""
+    ggml = C._lib
+    ggml.ggml_type_name.restype, ggml.ggml_type_name.argtypes = ctypes.c_char_p, [ctypes.c_int]
+    ggml.ggml_blck_size.restype, ggml.ggml_blck_size.argtypes = ctypes.c_int64, [ctypes.c_int]
+    ggml.ggml_type_size.restype, ggml.ggml_type_size.argtypes = ctypes.c_size_t, [ctypes.c_int]
+    count = C.llama_model_quantize_default_params().output_tensor_type  # "none", the number behind the last
+    kinds = []
+    for number in range(count):
+        name = (ggml.ggml_type_name(number) or b"").decode().upper()
+        kinds.append(TensorKind(name, ggml.ggml_blck_size(number), ggml.ggml_type_size(number)))
+    return tuple(kinds)
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -233,7 +295,12 @@ class Model(_Handle):
     @property
     def eos(self) -> str:
         """The text of the token that ends a text, or "" where there is none."""
-        return self._special_text(C.llama_vocab_eos(self._vocab))
+        return self._special_text(self.eos_token)
+
+    @property
+    def eos_token(self) -> int:
+        """The token that ends a text, or -1 where there is none."""
+        return int(C.llama_vocab_eos(self._vocab))
 
     def _special_text(self, token: int) -> str:
         return "" if token < 0 else self.piece(token).decode("utf-8", "replace")
@@ -260,6 +327,10 @@ class Model(_Handle):
     def ends_turn(self, token: int) -> bool:
         """Whether a token ends a message: an end-of-generation token, or any other control token."""
         return bool(C.llama_vocab_is_eog(self._vocab, token) or C.llama_vocab_is_control(self._vocab, token))
+
+    def ends_generation(self, token: int) -> bool:
+        """Whether a token is one of those at which every program over llama.cpp stops."""
+        return bool(C.llama_vocab_is_eog(self._vocab, token))
 
     def load_adapter(self, path: Path) -> Adapter:
         """A LoRA in GGUF form, checked against this base; raises `ModelError` where it does not fit."""
