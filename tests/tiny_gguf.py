@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,9 @@ def make_llama(seed: int = 0, kv_heads: int = 2) -> Any:
     return LlamaForCausalLM(config).eval()
 
 
-def write_llama(model: Any, path: Path, **metadata: str) -> Path:
-    """A `LlamaForCausalLM` as llama.cpp has it, in float32; its vocabulary is a word for each token."""
+def write_llama(model: Any, path: Path, tokenizer: Any = None, **metadata: str) -> Path:
+    """A `LlamaForCausalLM` as llama.cpp has it, in float32; without a tokenizer of `tiny_models` its
+    vocabulary is a word for each token."""
     import gguf
 
     config = model.config
@@ -57,11 +59,21 @@ def write_llama(model: Any, path: Path, **metadata: str) -> Path:
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list([f"w{index}é" for index in range(config.vocab_size)])
-    writer.add_token_types([1] * config.vocab_size)
-    writer.add_token_merges(["w 1", "w 2"])
-    writer.add_eos_token_id(0)
-    writer.add_chat_template("{{ messages }}")
+    if tokenizer is None:
+        writer.add_token_list([f"w{index}é" for index in range(config.vocab_size)])
+        writer.add_token_types([1] * config.vocab_size)
+        writer.add_token_merges(["w 1", "w 2"])
+        writer.add_eos_token_id(0)
+        writer.add_chat_template("{{ messages }}")
+    else:
+        special = set(tokenizer.all_special_tokens)
+        tokens = tokenizer.convert_ids_to_tokens(range(config.vocab_size))
+        writer.add_token_list(tokens)
+        writer.add_token_types([3 if token in special else 1 for token in tokens])
+        merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+        writer.add_token_merges([" ".join(merge) for merge in merges])
+        writer.add_eos_token_id(tokenizer.eos_token_id)
+        writer.add_chat_template(tokenizer.chat_template)
     for key, text in metadata.items():
         writer.add_string(key, text)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
