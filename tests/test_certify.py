@@ -125,7 +125,6 @@ def test_right_file_passes_with_figures(tiny: Tiny, good: Certificate) -> None:
     assert sum(file["kl"]["histogram"]["counts"]) == len(tiny.reference.log_probs)
     for said in file["continuations"]:
         assert said["file"] == said["trained"]
-        assert said["trained"]
 
 
 def test_reference_is_what_training_sees(tiny: Tiny) -> None:
@@ -243,8 +242,8 @@ def repacked(model: Any) -> None:
         ("wrong-base", {"change": noisy}, "not those that were trained over", None),
         ("twice", {"strength": 2.0}, "in it twice", 2.0),
         ("unmerged", {"strength": 0.0}, "what the base alone says", 0.0),
-        ("half", {"strength": 0.5}, "about 0.5 times the adapter", 0.5),
-        ("unscaled", {"strength": 1.5}, "about 1.5 times the adapter", 1.5),
+        ("half", {"strength": 0.5}, "times the adapter", 0.5),
+        ("unscaled", {"strength": 1.5}, "times the adapter", 1.5),
     ],
 )
 def test_wrong_merge_is_caught_and_named(
@@ -259,9 +258,8 @@ def test_wrong_merge_is_caught_and_named(
 
 
 def test_garbage_of_a_repacked_4_bit_base_is_caught_and_named(tiny: Tiny) -> None:
-    own = tiny.listen("words")
-    path = tiny.write("garbage", tiny.merge(change=repacked))
-    assert any("4-bit base that was evaluated" in sentence for sentence in tiny.certify(path, own).failed)
+    certificate = tiny.certify(tiny.write("garbage", tiny.merge(change=repacked)))
+    assert any("4-bit base that was evaluated" in sentence for sentence in certificate.failed)
 
 
 def test_truncated_file_is_caught(tiny: Tiny) -> None:
@@ -273,7 +271,7 @@ def test_truncated_file_is_caught(tiny: Tiny) -> None:
 def test_local_path_missing_licence_and_wrong_role_are_caught(tiny: Tiny) -> None:
     reference = replace(tiny.reference, facts={**tiny.reference.facts, "license": "apache-2.0"})
     path = tiny.write("told", **{"general.source.url": "/home/me/models/tiny", "parrot.role": "chat"})
-    role, folder = tiny.certify(path, reference).failed
+    folder, role = tiny.certify(path, reference).failed
     assert "plays chat" in role
     assert "/home/me" in folder
 

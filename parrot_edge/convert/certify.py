@@ -411,7 +411,7 @@ class _Examination:
         ratio = float(own["ratio"][0]) if own else 1.0
         turn = self._found["ends"]["turn"]
         if not kl <= limit:
-            cause = find_cause(evidence, kl, ratio, self._type, self._found["adapter"])
+            cause = find_cause(evidence, kl, self._type, self._found["adapter"])
             self._found["diagnosis"] = cause.as_dict()
             self._failed.append(
                 f"{self._name} differs from the trained model by a KL divergence of {kl:.4g} nats a token, "

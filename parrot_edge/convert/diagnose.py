@@ -17,7 +17,7 @@ from parrot_edge.convert.reference import Reference
 
 _EXPLAINED = 0.3  # of the divergence that may be left where the adapter's strength explains it
 _STRENGTHS = np.arange(-1.0, 4.01, 0.25)
-_GARBAGE = 10.0  # times the trained model's perplexity: this is no language any more
+_GARBAGE = 0.1  # share of equal likeliest tokens; models of one language have more in common
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -70,13 +70,10 @@ class Cause:
         return asdict(self)
 
 
-def find_cause(
-    evidence: Evidence, kl: float, perplexity_ratio: float, type_name: str, adapter: dict[str, Any] | None
-) -> Cause:
+def find_cause(evidence: Evidence, kl: float, type_name: str, adapter: dict[str, Any] | None) -> Cause:
     """The likely cause of a KL divergence that is too large.
 
-    perplexity_ratio  of the held-out turns, to the trained model's
-    adapter           of the file's report: what is known of an adapter that runs over its base
+    adapter  of the file's report: what is known of an adapter that runs over its base
     """
     if not np.isfinite(kl):
         return Cause("numbers", "it computes what are no numbers; its weights are damaged, convert again.")
@@ -103,7 +100,7 @@ def find_cause(
                 "merge into 16-bit weights, as 4 bits round an adapter away.",
                 known,
             )
-    if perplexity_ratio > _GARBAGE:
+    if np.mean(evidence.agrees) < _GARBAGE:
         return Cause(
             "garbage",
             "its weights are garbage; they are damaged, or come of a 4-bit base that was evaluated before "

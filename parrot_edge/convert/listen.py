@@ -358,7 +358,7 @@ class _Listener:
         room = self._options.max_length - len(tokens)
         with loops.evaluating(self._trained.model):
             made = self._write_on(tokens, min(self._extent.made, room), {*self._control, self._ends[role][0]})
-        return self._tokenizer.decode(made)
+        return self._tokenizer.decode(made).replace("\ufffd", "")  # the engine drops cut characters too
 
     def _write_on(self, tokens: list[int], count: int, stops: set[int]) -> list[int]:
         """The likeliest next tokens, one after the other, up to one of `stops`."""
