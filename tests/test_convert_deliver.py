@@ -186,7 +186,7 @@ class Hub:
                     self.files[value["path"]] = base64.b64decode(value["content"])
                 elif line["key"] == "lfsFile":
                     self.files[value["path"]] = self.blobs[value["oid"]]
-            return {"success": True, "commitOid": "0" * 40, "commitUrl": f"{self.url}/commit/0"}
+            return {"success": True, "commitOid": "0" * 40, "commitUrl": f"{self.url}/someone/tiny/commit/0"}
         return {"sha": "0" * 40, "siblings": [], "id": "someone/tiny"}
 
 

@@ -254,8 +254,8 @@ def _ask_prompt(model: LocalModel) -> str:
         prompt = template.render(view, "user")
     return (
         "Chat programs ask for the assistant's turn, and this model writes the user's. Outside parrot, give "
-        "it the prompt word by word (llama-server's `/completion`, Ollama's `/api/generate`), up to where the "
-        "user's next message begins; an empty message ends the dialogue:\n\n"
+        "it the prompt word by word (llama-server's `/completion`, Ollama's `/api/generate`), up to where "
+        "the user's next message begins; an empty message ends the dialogue:\n\n"
         f"```json\n{json.dumps(prompt, ensure_ascii=False)}\n```"
     )
 

@@ -47,7 +47,7 @@ def quantize(
             command, stdin=pipe, stdout=pipe, stderr=pipe, env={**os.environ, "PYTHONPATH": path}
         ) as child:
             try:
-                said, _ = child.communicate(data.getbuffer())
+                said, _ = child.communicate(data.getvalue())
             except BaseException:
                 child.kill()
                 child.wait()
