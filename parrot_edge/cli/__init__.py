@@ -20,6 +20,7 @@ VERBS = {
     "ask": "Add the user's next message to each dialogue.",
     "chat": "Add the assistant's next message to each dialogue; on a terminal, talk to it.",
     "train": "Train an adapter that plays the user (Ask) or the assistant (Chat).",
+    "convert": "Turn an adapter into GGUF files that provably say what was trained.",
     "evaluate": "Measure how much Ask is like the people it plays.",
     "recipes": "List, show, copy and check training recipes.",
     "models": "List models, fetch them, and name them.",

@@ -45,7 +45,14 @@ def amend(values: dict[str, Any], metadata: dict[str, Any], gguf: Any) -> None:
     for key, (kind, value) in metadata.items():
         item = gguf.GGUFValueType[kind[0]] if isinstance(kind, list) else None
         outer = gguf.GGUFValueType.ARRAY if isinstance(kind, list) else gguf.GGUFValueType[kind]
-        values[key] = gguf.GGUFValue(value, outer, item)
+        values[key] = gguf.GGUFValue(as_bytes(value), outer, item)
+
+
+def as_bytes(value: Any) -> Any:
+    """Text as its bytes: of a token these may be no UTF-8."""
+    if isinstance(value, list):
+        return [as_bytes(item) for item in value]
+    return value.encode("utf-8", "surrogateescape") if isinstance(value, str) else value
 
 
 if __name__ == "__main__":

@@ -194,20 +194,3 @@ def add_metadata(writer: Any, given: Metadata, source: GgufFile | None = None) -
         if key not in writer.kv_data[0] and known.raw != []:
             item = None if known.item is None else types(known.item)
             writer.add_key_value(key, known.raw, types(known.type), item)
-
-
-def copy_gguf(source: Path, target: Path, metadata: Metadata, *, force: bool = False) -> None:
-    """Write a GGUF once more, with other metadata; raises as `read_gguf` and `write_gguf` do."""
-    file = read_gguf(source)
-    with write_gguf(target, file.get("general.architecture", ""), force=force) as writer:
-        writer.data_alignment = file.alignment
-        add_metadata(writer, metadata, file)
-        for tensor in file.tensors.values():
-            data = tensor.data
-            shape = (*tensor.shape[:-1], data.shape[-1])  # in bytes, as the writer wants quantised types
-            writer.add_tensor_info(tensor.name, shape, data.dtype, data.nbytes, tensor.type)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for tensor in file.tensors.values():
-            writer.write_tensor_data(tensor.data)
