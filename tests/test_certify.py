@@ -17,8 +17,11 @@ from tiny_models import CHATML, make_tokenizer
 pytest.importorskip("gguf")
 pytest.importorskip("trl")
 
+from parrot_edge.convert.adapter import write_adapter
 from parrot_edge.convert.certify import Certificate, Thresholds, certify, parse_thresholds
 from parrot_edge.convert.listen import Extent, write_reference
+from parrot_edge.convert.merge import merge_adapter
+from parrot_edge.convert.quantize import quantize
 from parrot_edge.convert.reference import Reference, read_reference
 from parrot_edge.convert.trained import Trained, load_trained
 from parrot_edge.errors import ModelError, OutputError, UsageError
@@ -313,3 +316,53 @@ def test_certificate_is_written_once(tmp_path: Path, good: Certificate) -> None:
     with pytest.raises(OutputError, match="exists"):
         good.write(tmp_path)
     good.write(tmp_path, force=True)
+
+
+class Real:
+    """A random adapter over the real 135M model, merged into it without torch, in 16 and 8 bits."""
+
+    def __init__(self, folder: Path, embedded_model: Path) -> None:
+        from safetensors.numpy import save_file
+
+        adapter = folder / "adapter"
+        adapter.mkdir()
+        config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8}
+        config["target_modules"] = ["q_proj", "v_proj"]
+        (adapter / "adapter_config.json").write_text(json.dumps(config))
+        random, weights = np.random.default_rng(0), {}
+        for block in range(30):
+            for part, rows in (("q", 576), ("v", 192)):
+                name = f"base_model.model.model.layers.{block}.self_attn.{part}_proj.lora_"
+                weights[name + "A.weight"] = random.normal(0, 0.04, (4, 576)).astype(np.float32)
+                weights[name + "B.weight"] = random.normal(0, 0.04, (rows, 4)).astype(np.float32)
+        save_file(weights, adapter / "adapter_model.safetensors")
+        extent = Extent(tokens=300, longest=300, places=80, anchored=16, prompts=1, made=8)
+        rows = [
+            {"role": "user", "content": "my sourdough is flat again, what am i doing wrong?"},
+            {"role": "assistant", "content": "Most flat loaves are underproofed. How warm is the dough?"},
+            {"role": "user", "content": "about 18 degrees, is that too cold?"},
+            {"role": "assistant", "content": "Yes. Give it twice as long, or a warmer place."},
+        ]
+        data = folder / "data.jsonl"
+        data.write_text(json.dumps({"messages": rows}) + "\n")
+        trained = load_trained(adapter, "smollm2")
+        self.reference = write_reference(trained, folder / "reference", [str(data)], extent=extent)
+        lora, self.f16, self.q8 = (folder / name for name in ("lora.gguf", "f16.gguf", "q8_0.gguf"))
+        write_adapter(adapter, embedded_model, lora, name="random", license_id="mit")
+        merge_adapter(embedded_model, lora, self.f16)
+        quantize(self.f16, self.q8, "Q8_0", threads=1)
+        self.base = LocalModel("base", embedded_model)
+        self.models = [LocalModel(path.name, path) for path in (self.f16, self.q8)]
+        self.pair = LocalModel("twice", self.f16, lora)
+
+
+@pytest.mark.slow
+def test_real_model_says_the_same_in_16_and_8_bits(embedded_model: Path, tmp_path: Path) -> None:
+    real = Real(tmp_path, embedded_model)
+    certificate = certify(real.reference, [*real.models, real.base, real.pair], threads=1, speed=False)
+    f16, q8, base, twice = certificate.report["files"]
+    assert f16["failed"] == q8["failed"] == []
+    assert f16["kl"]["mean"]["value"] <= 0.002
+    assert q8["kl"]["mean"]["value"] <= 0.01
+    assert base["diagnosis"]["name"] == "none"
+    assert twice["diagnosis"]["name"] == "twice"

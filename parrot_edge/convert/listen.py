@@ -133,6 +133,11 @@ class _Listener:
         texts = [text for text in map(self._hard_text, HARD_DIALOGUES) if text]
         texts += [self._text_of(dialogue.messages, hard=False) for dialogue in dialogues]
         passages = self._lay_out(dialogues)
+        if not passages:
+            raise InputError(
+                f"there is nothing that {trained.folder.name} could be heard to say as {self._role}; name "
+                "(other) dialogues with --data"
+            )
         self._say(f"what {trained.folder.name} says to {sum(len(p.tokens) for p in passages)} tokens")
         with open(folder / "log_probs.f16", "wb") as rows, open(folder / "anchors.f16", "wb") as anchors:
             passages, size, anchored = self._hear(passages, rows, anchors)
@@ -271,7 +276,10 @@ class _Listener:
         passages = []
         for dialogue in dialogues:
             row, turns = own.encode(dialogue)
-            parts = split_row(row, turns, self._options.max_length)
+            try:
+                parts = split_row(row, turns, self._options.max_length)
+            except Unwritable:  # too long an opening
+                continue
             if not parts:
                 continue
             tokens = parts[0].input_ids
