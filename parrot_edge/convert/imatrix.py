@@ -96,7 +96,9 @@ def compute_imatrix(
             read += longest
             on_progress(read)
     if not turns:
-        raise InputError(f"no dialogue holds a {LEARNED[role]} turn that fits the context; give others")
+        raise InputError(
+            f"no dialogue holds a turn of the {LEARNED[role]} that fits the context; give others"
+        )
     return ImportanceMatrix(gatherer.tensors(), tuple(datasets))
 
 
