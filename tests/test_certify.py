@@ -171,6 +171,28 @@ def test_without_dialogues_the_models_own_words_serve(tiny: Tiny) -> None:
     assert certificate.report["reference"]["missing"] == own.missing
 
 
+def test_activated_adapter_over_its_base_passes_and_is_caught_as_a_plain_one(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    folder, path = tmp_path / "activated", tmp_path / "activated" / "adapter_config.json"
+    shutil.copytree(tiny.folder / "adapter", folder)
+    config = json.loads(path.read_text())
+    invocation = tiny.tokenizer("<|im_start|>user\n").input_ids
+    path.write_text(json.dumps({**config, "task_type": "CAUSAL_LM", "alora_invocation_tokens": invocation}))
+    trained = replace(load_trained(folder, str(tiny.folder / "base")), role="ask")
+    reference = write_reference(trained, tmp_path / "reference", [str(tiny.dialogues)], extent=EXTENT)
+    base = tiny.write("base", make_llama(0))
+    failed = []
+    for name in ("activated", "plain"):
+        write_adapter(folder, base, tmp_path / f"{name}.gguf", name="ask", license_id="mit")
+        path.write_text(json.dumps(config))
+        pair = LocalModel(name, base, tmp_path / f"{name}.gguf")
+        failed.append(certify(reference, [pair], threads=1, speed=False).failed)
+    assert failed[0] == []
+    assert "was trained to start at" in failed[1][0]
+    assert any("KL divergence" in sentence for sentence in failed[1])
+
+
 def test_wrong_chat_template_is_caught(tiny: Tiny) -> None:
     tokenizer = make_tokenizer()
     tokenizer.chat_template = CHATML.replace("You are a helpful AI assistant", "You are Tiny")

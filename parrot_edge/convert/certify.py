@@ -27,7 +27,7 @@ import parrot_edge
 from parrot_edge.convert.diagnose import Evidence, find_cause, log_softmax
 from parrot_edge.convert.files import BASE_SHA256_KEY, GgufFile, import_gguf, read_gguf
 from parrot_edge.convert.reference import DIALOGUE_END, TURN_END, Passage, Reference, Text
-from parrot_edge.engine.base import Request
+from parrot_edge.engine.base import INVOCATION_KEY, Request
 from parrot_edge.engine.likelihood import Likelihood
 from parrot_edge.engine.native import llama_version
 from parrot_edge.engine.rates import measure_rates
@@ -238,6 +238,12 @@ class _Examination:
         if adapter is not None:
             lora = read_gguf(adapter)
             metadata.append((adapter, lora))
+            invocation = lora.get(INVOCATION_KEY, [])
+            if invocation != self._reference.invocation:
+                self._failed.append(
+                    f"{adapter.name} starts at the tokens {invocation} and was trained to start at "
+                    f"{self._reference.invocation} (none: it reads everything); convert it again."
+                )
             trained_on = lora.get(BASE_SHA256_KEY)
             self._found["adapter"] = {
                 "bytes": adapter.stat().st_size,
@@ -390,9 +396,10 @@ class _Examination:
 
     def _listen(self, likelihood: Likelihood, evidence: Evidence) -> Iterator[Passage]:
         """The passages with what the file says in place of the trained model."""
+        gap = 1 if likelihood.engine.adapter else 16  # an activated adapter reads each turn by itself
         for passage in self._reference.passages:
             log_probs = np.full(len(passage.places), np.nan)
-            for first, stop in _runs(passage.places):
+            for first, stop in _runs(passage.places, gap):
                 end = int(passage.places[stop - 1]) + 1
                 start = int(passage.places[first])
                 index = first
@@ -495,10 +502,10 @@ def _ids_at(tokens: Sequence[int], at: int) -> list[int]:
     return list(tokens[max(0, at - 2) : at + 4])
 
 
-def _runs(places: np.ndarray, gap: int = 16) -> Iterator[tuple[int, int]]:
-    """Stretches of targets between which few tokens lie: from and to, as indices of `places`.
+def _runs(places: np.ndarray, gap: int) -> Iterator[tuple[int, int]]:
+    """Stretches of targets no more than `gap` tokens apart: from and to, as indices of `places`.
 
-    >>> list(_runs(np.array([3, 4, 9, 40, 41])))
+    >>> list(_runs(np.array([3, 4, 9, 40, 41]), 16))
     [(0, 3), (3, 5)]
     """
     cuts = [0, *(np.flatnonzero(np.diff(places) > gap) + 1).tolist(), len(places)]
