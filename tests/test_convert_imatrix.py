@@ -11,8 +11,9 @@ import pytest
 pytest.importorskip("gguf")
 
 import gguf
-from tiny_gguf import TOKENS, make_llama, read_fields, write_llama
+from tiny_gguf import TOKENS, make_llama, read_fields, write_llama, write_random
 
+from parrot_edge.convert import imatrix
 from parrot_edge.convert.files import read_gguf
 from parrot_edge.convert.imatrix import (
     Importance,
@@ -70,53 +71,13 @@ def test_observed_inputs_are_what_torch_multiplies(tmp_path: Path) -> None:
         assert product.wanted[-20:].all()
 
 
-def write_mixture(path: Path, *, experts: int = 4, used: int = 2) -> Path:
-    """A llama of one block with experts, its weights random."""
-    width, hidden, vocabulary = 64, 96, 96
-    random = np.random.default_rng(0)
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
-    for add, value in (
-        (writer.add_context_length, 512),
-        (writer.add_embedding_length, width),
-        (writer.add_block_count, 1),
-        (writer.add_feed_forward_length, hidden),
-        (writer.add_head_count, 4),
-        (writer.add_head_count_kv, 4),
-        (writer.add_rope_dimension_count, 16),
-        (writer.add_layer_norm_rms_eps, 1e-5),
-        (writer.add_expert_count, experts),
-        (writer.add_expert_used_count, used),
-        (writer.add_vocab_size, vocabulary),
-        (writer.add_tokenizer_model, "gpt2"),
-        (writer.add_tokenizer_pre, "gpt-2"),
-        (writer.add_token_list, [f"w{index}é" for index in range(vocabulary)]),
-        (writer.add_token_types, [1] * vocabulary),
-        (writer.add_token_merges, ["w 1"]),
-        (writer.add_eos_token_id, 0),
-    ):
-        add(value)
-    shapes: dict[str, tuple[int, ...]] = {
-        **dict.fromkeys(("token_embd", "output"), (vocabulary, width)),
-        **dict.fromkeys(("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"), (width,)),
-        **{f"blk.0.attn_{name}": (width, width) for name in ("q", "k", "v", "output")},
-        "blk.0.ffn_gate_inp": (experts, width),
-        **{f"blk.0.ffn_{name}_exps": (experts, hidden, width) for name in ("gate", "up")},
-        "blk.0.ffn_down_exps": (experts, width, hidden),
-    }
-    for name, shape in shapes.items():
-        values = np.ones(shape) if len(shape) == 1 else random.normal(size=shape) * 0.2
-        writer.add_tensor(f"{name}.weight", values.astype(np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
 def test_rows_go_to_the_experts_that_were_chosen(tmp_path: Path) -> None:
     seen = dict[str, Product]()
-    observe(write_mixture(tmp_path / "moe.gguf"), 20, lambda product: seen.update({product.name: product}))
+    observe(
+        write_random(tmp_path / "moe.gguf", experts=4),
+        20,
+        lambda product: seen.update({product.name: product}),
+    )
     router, gate, down = (seen[f"blk.0.ffn_{name}.weight"] for name in ("gate_inp", "gate_exps", "down_exps"))
     assert (router.matrices, gate.matrices, down.matrices) == (1, 4, 4)
     assert np.array_equal(gate.inputs[::2], router.inputs)  # each row goes to two experts
@@ -136,7 +97,7 @@ def test_what_an_observer_raises_ends_the_decode(error: type[BaseException], tmp
         raise error
 
     with pytest.raises(error):
-        observe(write_mixture(tmp_path / "moe.gguf"), 1, fail)
+        observe(write_random(tmp_path / "moe.gguf", experts=4), 1, fail)
     assert len(calls) == 1
 
 
@@ -169,23 +130,36 @@ def chatty(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "chat.gguf"
 
 
-def test_rows_that_predict_the_roles_words_count_and_no_others(chatty: Path) -> None:
+def test_both_roles_read_the_same_and_weigh_it_apart(chatty: Path) -> None:
     said = [dialogue("w5éw6é", "w7éw8éw9é", "w10é", "w11é")]
     chat, ask = (compute_imatrix(chatty, said, role) for role in ("chat", "ask"))
-    assert chat.rows == 3 + 1 + 2  # the words of both answers, and what closes each
-    assert ask.rows == 2 + 1 + 2
-    assert {int(each.counts[0]) for each in chat.tensors.values()} == {6}
     assert len(chat.tensors) == 2 * 7
-    assert not np.allclose(
-        chat.tensors["blk.0.attn_q.weight"].means, ask.tensors["blk.0.attn_q.weight"].means
-    )
+    last = "blk.1.ffn_down.weight"  # only rows whose logits are wanted come so far
+    assert chat.tensors[last].counts == 4 + 2  # the words of both answers, and what closes each
+    assert ask.tensors[last].counts == 3 + 2
+    first = "blk.0.attn_q.weight"
+    assert chat.tensors[first].counts > 2 * chat.tensors[last].counts
+    assert not np.allclose(chat.tensors[first].means, ask.tensors[first].means)
+
+
+def test_half_of_the_weight_is_on_the_roles_rows() -> None:
+    gatherer = imatrix._Gatherer()
+    rows = np.float32([[1, 0], [0, 2], [0, 4], [3, 0]])
+    wanted, experts = np.array([False, True, True, False]), np.array([0, 0, 0, 1])
+    gatherer(Product("dense", 1, rows, np.zeros(4, np.int64), wanted))
+    gatherer(Product("experts", 3, rows, experts, wanted))
+    tensors = gatherer.tensors()
+    assert tensors["dense"].counts.tolist() == [4]
+    assert tensors["dense"].means[0].tolist() == [(10 / 4 + 0) / 2, (20 / 4 + 20 / 2) / 2]
+    assert tensors["experts"].counts.tolist() == [3, 1, 0]
+    assert tensors["experts"].means[1:].tolist() == [[9, 0], [1, 1]]
 
 
 def test_reading_stops_when_enough_tokens_were_read(chatty: Path) -> None:
     said, heard = [dialogue("w5é", "w6é")] * 50, list[int]()
     matrix = compute_imatrix(chatty, said, "chat", tokens=30, on_progress=heard.append)
     assert 30 <= heard[-1] < 40
-    assert matrix.rows == 2 * len(heard)
+    assert matrix.tensors["blk.1.ffn_down.weight"].counts == 2 * len(heard)
 
 
 def test_dialogues_without_a_turn_of_the_role_are_refused(chatty: Path) -> None:

@@ -71,10 +71,11 @@ def compute_imatrix(
 ) -> ImportanceMatrix:
     """Read dialogues with the GGUF `model` as `role` ("ask" or "chat") does, until `tokens` were read.
 
-    Only the rows count from which the role's own words are predicted, what closes a turn included:
-    their errors are heard at once. Turns beyond the model's context are left out. `on_progress` hears
-    how many tokens were read so far. Raises `InputError` where no dialogue holds a turn of the role,
-    and `ModelError` for a model that cannot be read.
+    Half of the weight is on the rows from which the role's own words are predicted, what closes a turn
+    included, and half on all that are read: their keys and values are what the role attends to. Turns
+    beyond the model's context are left out. `on_progress` hears how many tokens were read so far. Raises
+    `InputError` where no dialogue holds a turn of the role, and `ModelError` for a model that cannot be
+    read.
     """
     gatherer = _Gatherer()
     prompt = _prompt_of(model, role)
@@ -177,28 +178,35 @@ def _prompt_of(model: Path, role: str) -> AskPrompt | None:
 
 
 class _Gatherer:
-    """An observer that sums squares, of the rows whose logits are wanted."""
+    """An observer that sums squares: of all rows, and of those whose logits are wanted."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, np.ndarray] = {}
-        self._counts: dict[str, np.ndarray] = {}
+        self._all: dict[str, Importance] = {}
+        self._wanted: dict[str, Importance] = {}
 
     def __call__(self, product: Product) -> None:
-        if product.name not in self._sums:
-            self._sums[product.name] = np.zeros((product.matrices, product.inputs.shape[1]))
-            self._counts[product.name] = np.zeros(product.matrices)
-        inputs, matrix = product.inputs[product.wanted], product.matrix[product.wanted]
-        for index in np.unique(matrix):
-            rows = inputs[matrix == index]
-            self._sums[product.name][index] += np.square(rows).sum(axis=0, dtype=np.float64)
-            self._counts[product.name][index] += len(rows)
+        every = np.ones_like(product.wanted)
+        for gathered, rows in ((self._all, every), (self._wanted, product.wanted)):
+            if product.name not in gathered:
+                shape = product.matrices, product.inputs.shape[1]
+                gathered[product.name] = Importance(np.zeros(shape), np.zeros(shape[0]))
+            inputs, matrix = product.inputs[rows], product.matrix[rows]
+            for index in np.unique(matrix):
+                chosen = inputs[matrix == index]
+                gathered[product.name].sums[index] += np.square(chosen).sum(axis=0, dtype=np.float64)
+                gathered[product.name].counts[index] += len(chosen)
 
     def tensors(self) -> dict[str, Importance]:
-        """What was gathered. Raises `ModelError` where a number is none or beyond float32."""
-        for name, sums in self._sums.items():
-            if not (sums <= np.finfo(np.float32).max).all():
-                raise ModelError(f"the model's activations at {name} are no numbers; convert it again")
-        return {
-            name: Importance(sums.astype(np.float32), self._counts[name].astype(np.float32))
-            for name, sums in self._sums.items()
-        }
+        """The mean of both, counted over all rows; an expert that no wanted row chose has but the one.
+
+        Raises `ModelError` where a number is none, or beyond float32.
+        """
+        return {name: _blend(name, every, self._wanted[name]) for name, every in self._all.items()}
+
+
+def _blend(name: str, every: Importance, wanted: Importance) -> Importance:
+    one, other = every.means, np.where(wanted.counts[:, None] > 0, wanted.means, every.means)
+    sums = (one + other) / 2 * every.counts[:, None]
+    if not (sums <= np.finfo(np.float32).max).all():
+        raise ModelError(f"the model's activations at {name} are no numbers; convert it again")
+    return Importance(sums.astype(np.float32), every.counts.astype(np.float32))

@@ -157,6 +157,7 @@ def estimate_bytes(model: GgufFile, source: Path, type_name: str) -> int:
             wanted = kind.bytes * 8 / kind.block
             if kind.block > 1:
                 odd = tensor.shape[-1] % kind.block or name in ("token_embd.weight", "output.weight")
+                odd = odd or (type_name == "MXFP4_MOE" and len(tensor.shape) == 2)  # experts alone are MXFP4
                 wanted = max(wanted * _MIXED, sure.bytes * 8 / sure.block if odd else 0)
                 wanted = 16 if tensor.shape[-1] % sure.block else wanted
             bits = wanted
