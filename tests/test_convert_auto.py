@@ -59,7 +59,7 @@ def choose(source: Path, machine: Machine, **options: object) -> AutoChoice:
 
 
 SPEEDS = {"Q4_0": 300.0, "Q4_K_M": 250.0, "Q8_0": 200.0, "F16": 100.0}
-LOSSES = {"Q4_0": 0.3, "Q4_K_M": 0.04, "Q8_0": 0.004}
+LOSSES = {"Q4_0": 0.3, "Q4_K_M": 0.04, "Q8_0": 0.004, "F16": 0.0005}
 
 
 def test_fastest_type_within_the_loss_is_chosen_and_says_why(source: Path) -> None:
@@ -68,16 +68,16 @@ def test_fastest_type_within_the_loss_is_chosen_and_says_why(source: Path) -> No
     assert choice.type == "Q4_K_M"
     assert machine.compared == ["Q4_0", "Q4_K_M"]  # slower ones need not be asked
     assert choice.reason == (
-        "Q4_K_M makes 250 tokens/s of dialogue with 2 threads and 16 sequences, at 42 kB, and loses 0.04 of "
-        "the 0.05 nats a token allowed (Q4_0 300 but 0.3 lost)"
+        "Q4_K_M makes 250 tokens/s of dialogue with 2 threads and 16 sequences, at 42 kB, and loses 0.04 "
+        "where 0.05 nats a token are allowed (Q4_0 300 but 0.3 lost)"
     )
     assert [(each.type, each.divergence) for each in choice.candidates] == [
-        *(("Q4_0", 0.3), ("Q4_K_M", 0.04), ("Q8_0", None), ("F16", 0.0)),
+        *(("Q4_0", 0.3), ("Q4_K_M", 0.04), ("Q8_0", None), ("F16", None)),
     ]
     assert list(source.parent.iterdir()) == [source]
 
 
-@pytest.mark.parametrize(("loss", "chosen"), [(1.0, "Q4_0"), (0.01, "Q8_0"), (0.001, "F16")])
+@pytest.mark.parametrize(("loss", "chosen"), [(1.0, "Q4_0"), (0.01, "Q8_0"), (0.001, "F16"), (0.0001, "F16")])
 def test_loss_that_is_allowed_decides(loss: float, chosen: str, source: Path) -> None:
     assert choose(source, Machine(SPEEDS, LOSSES), loss=loss).type == chosen
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,16 @@ CANDIDATES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "IQ4_NL")
 """Types that are tried where none are named: those that are fast somewhere, at eight to four bits."""
 
 LOSS = 0.05
-"""KL divergence to the 16-bit file, nats a token, that is allowed where nothing else is said."""
+"""KL divergence, nats a token, that is allowed where nothing else is said."""
 
+_WHOLE = "F16"
 _TIE = 0.97  # of a speed; a smaller file that reaches it is preferred, as `filetype` does
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A type as it was measured: bytes, tokens a second of dialogue, and KL divergence to the source in
-    nats a token, or None where a faster type was good enough already."""
+    """A type as it was measured: bytes, tokens a second of dialogue, and KL divergence in nats a token, or
+    None where a faster type was good enough already."""
 
     type: str
     bytes: int
@@ -59,11 +60,11 @@ def choose_type(
     speed: Callable[[Path, int, int], float] = measure_speed,
     say: Callable[[str], None] = lambda text: None,
 ) -> AutoChoice:
-    """The fastest type for the 16-bit GGUF `source` whose `divergence` from it is at most `loss`.
+    """The fastest type for the 16-bit GGUF `source` whose `divergence`, of a file, is at most `loss`.
 
     Each type is written into `folder`, timed with so many sequences, and removed again; then divergences
-    are measured from the fastest type on, until one is small enough. The source itself, which loses
-    nothing, competes as well. Types that need an importance matrix are left out without `imatrix`.
+    are measured from the fastest type on, until one is small enough. The source competes as well, and is
+    taken where no other will do. Types that need an importance matrix are left out without `imatrix`.
     Raises `UsageError` where `loss` is not positive, and what `quantize` raises.
     """
     if not 0 < loss < math.inf:
@@ -81,21 +82,20 @@ def choose_type(
             except ModelError as error:
                 say(f"{name} was left out: {error}")
         say("timing the 16-bit file")
-        whole = Candidate("F16", source.stat().st_size, speed(source, sequences, cores), 0.0)
-        ranked = _rank([*measured, whole])
+        measured.append(Candidate(_WHOLE, source.stat().st_size, speed(source, sequences, cores), None))
+        ranked = _rank(measured)
         for place, candidate in enumerate(ranked):
-            if candidate.divergence is None:
-                say(f"measuring what {candidate.type} loses")
-                candidate = Candidate(
-                    candidate.type, candidate.bytes, candidate.speed, divergence(files[candidate.type])
-                )
-                ranked[place] = candidate
-            if candidate.divergence is not None and candidate.divergence <= loss:
+            say(f"measuring what {candidate.type} loses")
+            lost = divergence(files.get(candidate.type, source))
+            ranked[place] = chosen = replace(candidate, divergence=lost)
+            if lost <= loss:
                 break
+        else:
+            chosen = next(each for each in ranked if each.type == _WHOLE)
     finally:
         for path in files.values():
             path.unlink(missing_ok=True)
-    return AutoChoice(candidate.type, _reason(candidate, ranked, loss, cores, sequences), tuple(ranked))
+    return AutoChoice(chosen.type, _reason(chosen, ranked, loss, cores, sequences), tuple(ranked))
 
 
 def _rank(candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -115,5 +115,5 @@ def _reason(chosen: Candidate, ranked: Sequence[Candidate], loss: float, threads
     return (
         f"{chosen.type} makes {chosen.speed:.0f} tokens/s of dialogue with {plural(threads, 'thread')} and "
         f"{plural(sequences, 'sequence')}, at {format_bytes(chosen.bytes)}, and loses "
-        f"{chosen.divergence:.3g} of the {loss:g} nats a token allowed" + (f" ({lost})" if lost else "")
+        f"{chosen.divergence:.3g} where {loss:g} nats a token are allowed" + (f" ({lost})" if lost else "")
     )
