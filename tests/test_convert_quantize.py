@@ -15,7 +15,14 @@ from tiny_gguf import cut, divergence, llama_logits, read_fields, write_random
 
 from parrot_edge.convert.files import read_gguf
 from parrot_edge.convert.imatrix import Importance, ImportanceMatrix, write_imatrix
-from parrot_edge.convert.quantize import NEEDS_IMATRIX, Quantized, estimate_bytes, parse_type, quantize
+from parrot_edge.convert.quantize import (
+    NEEDS_IMATRIX,
+    Quantized,
+    estimate_bytes,
+    note_fallbacks,
+    parse_type,
+    quantize,
+)
 from parrot_edge.engine import native, quantizer
 from parrot_edge.errors import ModelError, OutputError, ParrotError, UsageError
 
@@ -59,6 +66,7 @@ def test_every_type_is_written_and_runs(name: str, even: Path, tmp_path: Path) -
     assert int(native.read_metadata(tmp_path / "q.gguf")["general.file_type"]) == TYPES[name]
     logits = llama_logits(tmp_path / "q.gguf")
     assert np.isfinite(logits).all()
+    assert len(read_gguf(tmp_path / "q.gguf").tensors) == 12
     if done.bits_per_weight > 5:
         assert divergence(llama_logits(even / "model.gguf"), logits) < 0.1
     assert done.bytes <= estimate_bytes(read_gguf(even / "model.gguf"), even / "model.gguf", name)
@@ -83,6 +91,7 @@ def test_rows_that_do_not_divide_are_reported(tmp_path: Path) -> None:
         "9 of 9 matrices have rows that do not divide by the 256 of Q4_K_M and are of another type: "
         f"{done.fallbacks['Q5_0']} Q5_0, {done.fallbacks['Q8_0']} Q8_0"
     )
+    assert note_fallbacks(read_gguf(tmp_path / "q.gguf"), "Q4_K_M") == done.note
     assert not quantize(source, tmp_path / "q8.gguf", "Q8_0", threads=1).note
 
 

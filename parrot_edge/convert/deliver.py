@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from parrot_edge.convert.files import BASE_SHA256_KEY
+from parrot_edge.convert.files import BASE_SHA256_KEY, read_gguf
 from parrot_edge.convert.ollama import write_modelfile
+from parrot_edge.convert.quantize import note_fallbacks
 from parrot_edge.dialogue import Message, Seed
 from parrot_edge.engine.native import Model, is_activated, read_text
 from parrot_edge.engine.template import ChatTemplate
@@ -187,6 +188,7 @@ def _front_matter(release: Release) -> str:
 def _table_of_files(release: Release, certificate: Mapping[str, Any]) -> str:
     """Size and, where they were certified, the figures of each file."""
     known = {file["name"]: file for file in certificate.get("files", [])}
+    notes = list[str]()
     rows = ["| file | type | size | KL divergence, nats a token | same likeliest token |", "| --- " * 5 + "|"]
     for model in release.models:
         names = [model.path.name, *([model.adapter.name] if model.adapter else [])]
@@ -202,7 +204,9 @@ def _table_of_files(release: Release, certificate: Mapping[str, Any]) -> str:
             agreement,
         ]
         rows.append(f"| {' | '.join(cells)} |")
-    return "\n".join(rows)
+        if note := note_fallbacks(read_gguf(model.path), str(found.get("type"))):
+            notes.append(f"In `{model.path.name}`, {note}.")
+    return "\n\n".join(["\n".join(rows), *notes])
 
 
 def _interval(figure: Mapping[str, float] | None) -> str:

@@ -39,7 +39,7 @@ class Tensor:
 
     name: str
     shape: tuple[int, ...]
-    type: Any  # gguf.GGMLQuantizationType
+    type: Any  # gguf.GGMLQuantizationType, or a native.TensorKind that `gguf` does not know
     data: np.ndarray
 
     def floats(self, rows: slice = slice(None)) -> np.ndarray:
@@ -85,7 +85,7 @@ def read_gguf(path: Path) -> GgufFile:
             source = _Cursor(content).read_file(np.memmap(path, np.uint8, "r"))
     except OSError as error:
         raise ModelError(f"{path} cannot be opened: {error.strerror}; name a GGUF file") from None
-    except (ValueError, KeyError, TypeError, ArithmeticError):  # what damage leads to
+    except (ValueError, LookupError, TypeError, ArithmeticError):  # what damage leads to
         raise ModelError(f"{path} is no GGUF file, or damaged or cut short; fetch or make it again") from None
     if source.get("split.count", 1) not in (0, 1):
         raise ModelError(f"{path} is one part of several; join them with llama-gguf-split --merge first")
@@ -147,8 +147,14 @@ def _map_tensor(
     mapped: np.ndarray, start: int, name: str, shape: tuple[int, ...], type_id: int, offset: int
 ) -> Tensor:
     gguf = import_gguf()
-    kind = gguf.GGMLQuantizationType(type_id)
-    block, size = gguf.GGML_QUANT_SIZES[kind]
+    try:
+        kind = gguf.GGMLQuantizationType(type_id)
+        block, size = gguf.GGML_QUANT_SIZES[kind]
+    except ValueError:  # llama.cpp may know types that `gguf` does not
+        from parrot_edge.engine.native import tensor_kinds
+
+        kind = tensor_kinds()[type_id]
+        block, size = kind.block, kind.bytes
     rows, row_bytes = math.prod(shape[:-1]), shape[-1] // block * size if shape else 0
     data = mapped[start + offset : start + offset + rows * row_bytes]
     if not row_bytes:

@@ -8,6 +8,7 @@ import re
 import shutil
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -68,14 +69,7 @@ class Quantized:
     @property
     def note(self) -> str:
         """What is to be said of matrices that fell back, as a sentence; "" where none did."""
-        if not self.fallbacks:
-            return ""
-        count = sum(self.fallbacks.values())
-        instead = ", ".join(f"{number} {name}" for name, number in self.fallbacks.items())
-        return (
-            f"{count} of {self.matrices} matrices have rows that do not divide by the {self.block} of "
-            f"{self.type} and are of another type: {instead}"
-        )
+        return _say_fallbacks(self.type, self.block, self.fallbacks, self.matrices)
 
 
 def parse_type(text: str) -> str:
@@ -193,20 +187,48 @@ def _check_space(target: Path, needed: int, type_name: str) -> None:
 def _describe(model: GgufFile, target: Path, type_name: str, imatrix: bool, seconds: float) -> Quantized:
     """What was written, by comparing the types of the tensors with what was asked for."""
     kinds = {kind.name: kind for kind in tensor_kinds()}
-    block = kinds[main_type(type_name)].block
     types = tensor_types(target)
     sizes = {name: math.prod(tensor.shape) for name, tensor in model.tensors.items()}
     bits = sum(sizes[name] * 8 * kinds[kind].bytes / kinds[kind].block for name, kind in types.items())
-    matrices = [name for name, tensor in model.tensors.items() if len(tensor.shape) > 1]
-    odd = [name for name in matrices if model.tensors[name].shape[-1] % block and types[name] != "F32"]
+    shapes = {name: tensor.shape for name, tensor in model.tensors.items()}
     return Quantized(
         type=type_name,
         bytes=target.stat().st_size,
         bits_per_weight=round(bits / sum(sizes.values()), 3),
         tensors=dict(Counter(types.values()).most_common()),
-        fallbacks=dict(Counter(types[name] for name in odd).most_common()),
-        matrices=len(matrices),
-        block=block,
+        fallbacks=_find_fallbacks(shapes, types, type_name),
+        matrices=sum(len(shape) > 1 for shape in shapes.values()),
+        block=kinds[main_type(type_name)].block,
         imatrix=imatrix,
         seconds=round(seconds, 2),
+    )
+
+
+def note_fallbacks(model: GgufFile, type_name: str) -> str:
+    """`Quantized.note` of a file that was written before, or by another program; "" for no known type."""
+    if type_name not in file_types():
+        return ""
+    shapes = {name: tensor.shape for name, tensor in model.tensors.items()}
+    types = {name: tensor.type.name for name, tensor in model.tensors.items()}
+    block = next(kind.block for kind in tensor_kinds() if kind.name == main_type(type_name))
+    matrices = sum(len(shape) > 1 for shape in shapes.values())
+    return _say_fallbacks(type_name, block, _find_fallbacks(shapes, types, type_name), matrices)
+
+
+def _find_fallbacks(
+    shapes: Mapping[str, tuple[int, ...]], types: Mapping[str, str], type_name: str
+) -> dict[str, int]:
+    """How many matrices a type could not be given to, by the type that they have instead."""
+    block = next(kind.block for kind in tensor_kinds() if kind.name == main_type(type_name))
+    odd = [name for name, shape in shapes.items() if len(shape) > 1 and shape[-1] % block]
+    return dict(Counter(types[name] for name in odd if types[name] != "F32").most_common())
+
+
+def _say_fallbacks(type_name: str, block: int, fallbacks: Mapping[str, int], matrices: int) -> str:
+    if not fallbacks:
+        return ""
+    instead = ", ".join(f"{number} {name}" for name, number in fallbacks.items())
+    return (
+        f"{sum(fallbacks.values())} of {matrices} matrices have rows that do not divide by the {block} of "
+        f"{type_name} and are of another type: {instead}"
     )
