@@ -195,8 +195,8 @@ class _Examination:
         }
         try:
             self._examine_header()
-            longest = max((len(passage.tokens) for passage in self._reference.passages), default=0)
-            room = max(longest, self._longest_prompt()) + 64
+            longest = max(len(passage.tokens) for passage in self._reference.passages)
+            room = max([longest, *(c.length + c.limit + 1 for c in self._reference.continuations)])
             with Likelihood(
                 self._model.path, adapter=self._model.adapter, tokens=room, threads=self._threads
             ) as likelihood:
@@ -215,10 +215,6 @@ class _Examination:
         except ModelError as error:
             self._failed.append(str(error))
         return readable(self._found)
-
-    def _longest_prompt(self) -> int:
-        sizes = [len(text.tokens) for text in self._reference.texts]
-        return max([*sizes, 0]) + max((c.limit for c in self._reference.continuations), default=0)
 
     # What the file says of itself
 

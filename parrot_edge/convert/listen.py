@@ -107,6 +107,7 @@ class _Listener:
             turn_tokens=0,
             max_length=min(data.max_length, extent.longest, longest),
         )
+        self._longest = self._options.max_length
         self._template = TurnTemplate(self._tokenizer, system=data.system, system_text=data.system_text)
         self._role = trained.role or "chat"
         self._learned = LEARNED[self._role]
@@ -169,6 +170,7 @@ class _Listener:
                         "messages": [list(vars(m).values()) for m in self._template.as_prompted(history)],
                         "next_role": role,
                         "text": self._continue(history, role),
+                        "length": len(self._prompt_tokens(history, role)),
                         "limit": self._extent.made,
                     }
                     for history, role in prompts
@@ -218,7 +220,7 @@ class _Listener:
                 break
             chosen.append(dialogue)
             text, _ = self._template.render(dialogue.messages)
-            total += min(len(self._encode(text)), self._options.max_length)
+            total += min(len(self._encode(text)), self._longest)
         return chosen, remark
 
     def _teaches(self, dialogue: Dialogue) -> bool:
@@ -262,9 +264,20 @@ class _Listener:
         for dialogue in dialogues:
             roles = [message.role for message in dialogue.messages]
             places = [at for at, role in enumerate(roles) if role == self._learned and "user" in roles[:at]]
-            if places and len(prompts) < self._extent.prompts:
-                prompts.append((dialogue.messages[: places[len(places) // 2]], self._learned))
+            for at in reversed(
+                places[: len(places) // 2 + 1]
+            ):  # the middle, or before where that is too long
+                history = dialogue.messages[:at]
+                if len(self._prompt_tokens(history, self._learned)) + self._extent.made <= self._longest:
+                    prompts.append((history, self._learned))
+                    break
+            if len(prompts) == self._extent.prompts:
+                break
         return prompts
+
+    def _prompt_tokens(self, history: Sequence[Message], role: str) -> list[int]:
+        text, spans = self._template.render([*history, Message(role, "text")])
+        return self._encode(text[: spans[-1].start])
 
     # What it says
 
@@ -277,7 +290,7 @@ class _Listener:
         for dialogue in dialogues:
             row, turns = own.encode(dialogue)
             try:
-                parts = split_row(row, turns, self._options.max_length)
+                parts = split_row(row, turns, self._longest)
             except Unwritable:  # too long an opening
                 continue
             if not parts:
@@ -361,11 +374,9 @@ class _Listener:
         """What the model writes next as `role`, without what closes the turn."""
         from parrot_edge.train import loops
 
-        text, spans = self._template.render([*history, Message(role, "text")])
-        tokens = self._encode(text[: spans[-1].start])
-        room = self._options.max_length - len(tokens)
+        tokens = self._prompt_tokens(history, role)
         with loops.evaluating(self._trained.model):
-            made = self._write_on(tokens, min(self._extent.made, room), {*self._control, self._ends[role][0]})
+            made = self._write_on(tokens, self._extent.made, {*self._control, self._ends[role][0]})
         return self._tokenizer.decode(made).replace("\ufffd", "")  # the engine drops cut characters too
 
     def _write_on(self, tokens: list[int], count: int, stops: set[int]) -> list[int]:

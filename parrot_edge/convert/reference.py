@@ -86,11 +86,13 @@ class Passage:
 
 @dataclass(frozen=True)
 class Continuation:
-    """What the trained model writes next, taking the likeliest token each time: at most `limit` tokens."""
+    """What the trained model writes next, taking the likeliest token each time: at most `limit` tokens
+    after a prompt of `length`."""
 
     messages: tuple[Message, ...]
     next_role: str
     text: str
+    length: int
     limit: int
 
 
@@ -163,7 +165,7 @@ def read_reference(folder: Path) -> Reference:
             ],
             passages=[Passage.from_dict(passage) for passage in record["passages"]],
             continuations=[
-                Continuation(_messages(c["messages"]), c["next_role"], c["text"], c["limit"])
+                Continuation(_messages(c["messages"]), c["next_role"], c["text"], c["length"], c["limit"])
                 for c in record["continuations"]
             ],
             vocabulary=vocabulary,
