@@ -21,7 +21,6 @@ _TOKENS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": _SIZES,
-    "qwen2": _SIZES,
     "qwen3": {**_SIZES, "head_dim": 16},
     "mistral": {**_SIZES, "sliding_window": None},
     "gemma": {**_SIZES, "head_dim": 16, "hidden_activation": "gelu_pytorch_tanh"},
@@ -59,7 +58,7 @@ def _train_sentencepiece() -> bytes:
     sentencepiece.SentencePieceTrainer.Train(
         sentence_iterator=iter(CORPUS),
         model_writer=model,
-        vocab_size=280,
+        vocab_size=300,
         model_type="bpe",
         byte_fallback=True,
         hard_vocab_limit=False,

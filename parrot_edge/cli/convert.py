@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from parrot_edge.convert.auto import LOSS
 from parrot_edge.errors import ModelError
 
 
@@ -18,7 +19,14 @@ from parrot_edge.errors import ModelError
     "types",
     metavar="TYPE",
     multiple=True,
-    help="A file type beside F16, such as Q8_0 or Q4_K_M; may be given again.",
+    help="A file type beside F16, such as Q8_0 or Q4_K_M, or auto, the fastest here; may be given again.",
+)
+@click.option(
+    "--loss",
+    type=click.FloatRange(0, min_open=True),
+    default=LOSS,
+    show_default=True,
+    help="What auto may lose: KL divergence from the trained model, nats a token.",
 )
 @click.option("--base", metavar="BASE", help="Where the base lies: a GGUF, a folder, or a hub name.")
 @click.option(
@@ -45,6 +53,7 @@ def convert(
     adapter: Path,
     output: Path,
     types: tuple[str, ...],
+    loss: float,
     base: str | None,
     sources: tuple[str, ...],
     license_id: str,
@@ -66,6 +75,7 @@ def convert(
       parrot convert ask-135m -o ask-gguf
       parrot convert ask-8b -o ask-gguf --quant Q8_0 --quant Q4_K_M --data dialogues.jsonl
       parrot convert ask-8b -o ask-gguf --base ./Qwen2.5-7B --quant Q4_K_M --resume
+      parrot convert chat-8b -o chat-gguf --quant auto --loss 0.02 --data dialogues.jsonl
       parrot convert chat-8b -o chat-gguf --quant Q4_0 --threshold kl.Q4_0=0.3
     """
     from parrot_edge.convert.certify import parse_thresholds
@@ -77,6 +87,7 @@ def convert(
 
     job = Job(
         types=types,
+        loss=loss,
         base=base,
         sources=sources,
         license=license_id,

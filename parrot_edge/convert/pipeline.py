@@ -23,11 +23,13 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, is_dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import parrot_edge
+from parrot_edge.convert.auto import LOSS, choose_type
 from parrot_edge.convert.base import count_weights, describe_model, gguf_of, write_base, write_lora
 from parrot_edge.convert.certify import Thresholds, certify
 from parrot_edge.convert.deliver import Release, write_delivery
@@ -48,6 +50,7 @@ from parrot_edge.store import read_json, sha256_of, write_json
 RECORD = "convert.json"
 
 _FROM_4_BITS, _AS_IT_IS = "dequantised from 4 bits", "as it is"
+_AUTO = "auto"
 _PLAIN = ("F32", "F16", "BF16")
 _LOSSES = (("loss", "file"), ("trained_loss", "trained"))
 _MARGIN = 1.2  # files of a type hold some matrices in more bits
@@ -62,7 +65,8 @@ Say = Callable[[str], None]
 class Job:
     """What is to be made.
 
-    types       file types beside f16, as llama-quantize names them
+    types       file types beside f16, as llama-quantize names them; "auto" measures which is the fastest here
+    loss        what a file chosen by "auto" may lose: KL divergence from the trained model, nats a token
     base        where the base lies, where the adapter's own record does not do
     sources     dialogues, as `parrot train` reads them: to measure on, and to weight quantisation by
     license     SPDX identifier, in place of the recipe's
@@ -72,6 +76,7 @@ class Job:
     """
 
     types: tuple[str, ...] = ()
+    loss: float = LOSS
     base: str | None = None
     sources: tuple[str, ...] = ()
     license: str = ""
@@ -96,11 +101,12 @@ def convert(
     `OutputError` where `output` exists with neither `resume` nor `force`, or has no room; `UsageError`
     for a type that there is not or that cannot be made; `ModelError` where adapter or base do not do.
     """
-    types = tuple(dict.fromkeys(parse_type(name) for name in job.types))
+    types = tuple(dict.fromkeys(_AUTO if name == _AUTO else parse_type(name) for name in job.types))
     weighted = sorted(NEEDS_IMATRIX.intersection(types))
     if weighted and not job.sources:
         raise UsageError(f"{', '.join(weighted)} needs an importance matrix; give dialogues with --data")
     stages = Stages(output, resume=resume, force=force, say=say)
+    say(f"reading {adapter}")
     trained = find_trained(adapter, job.base)
     if job.license:
         trained = replace(trained, recipe=replace(trained.recipe, license=job.license))
@@ -160,6 +166,7 @@ class Stages:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         self._say(f"{name} ...")
         result = make()
+        result = asdict(result) if is_dataclass(result) and not isinstance(result, type) else result
         sums = {path.name: self.sum_of(path, anew=True) for path in outputs if path.exists()}
         self.record["stages"][name] = {"inputs": dict(inputs), "outputs": sums, "result": result}
         self.note()
@@ -209,9 +216,9 @@ class _Conversion:
         pair = LocalModel(f"{base.name}+{lora.name}", base, lora)
         if self._trained.invocation:
             self._say("an activated adapter cannot be merged: it goes out over its base")
-            models = [pair, *self._write_bases_of(pair)]
+            models = [pair, *self._write_bases_of(pair, reference)]
         else:
-            models = [*self._write_merged(pair), pair]
+            models = [*self._write_merged(pair, reference), pair]
         report = self._certify(reference, models)
         self._deliver([model for model in models if model.path.parent == self._stages.folder], report)
         return self._stages.record
@@ -291,7 +298,7 @@ class _Conversion:
                 os.replace(ways[kept], target)
         return {"ways": found, "kept": kept}
 
-    def _write_merged(self, pair: LocalModel) -> list[LocalModel]:
+    def _write_merged(self, pair: LocalModel, reference: Reference) -> list[LocalModel]:
         """Base and adapter as one model, in 16 bits and in every type."""
         assert pair.adapter is not None
         target, lora = self._path("f16"), pair.adapter
@@ -302,10 +309,10 @@ class _Conversion:
             [target],
             lambda: merge_adapter(pair.path, lora, target, metadata=metadata),
         )
-        paths = [target, *self._quantize(target, "")]
+        paths = [target, *self._quantize(target, "", None, reference)]
         return [LocalModel(path.name, path) for path in paths]
 
-    def _write_bases_of(self, pair: LocalModel) -> list[LocalModel]:
+    def _write_bases_of(self, pair: LocalModel, reference: Reference) -> list[LocalModel]:
         """The base of an activated adapter in every type, each to go with the adapter."""
         if not self._job.types:
             return []
@@ -318,34 +325,59 @@ class _Conversion:
                 [source],
                 lambda: quantizer.quantize(pair.path, source, "F16", self._threads),
             )
-        paths = [*([source] if source != pair.path else []), *self._quantize(source, "base-")]
+        paths = [
+            *([source] if source != pair.path else []),
+            *self._quantize(source, "base-", pair.adapter, reference),
+        ]
         return [
             LocalModel(f"{path.name}+{pair.name.partition('+')[2]}", path, pair.adapter) for path in paths
         ]
 
-    def _quantize(self, source: Path, prefix: str) -> list[Path]:
+    def _quantize(self, source: Path, prefix: str, adapter: Path | None, reference: Reference) -> list[Path]:
         """A 16-bit file in every type that is wanted; returns those files."""
         matrix, types = None, [name for name in self._job.types if name != "F16"]
         if self._job.sources and set(types).difference(_WHOLE):
-            matrix = self._path(f"{prefix}imatrix")
-            self._run(
-                "importance matrix",
-                [source, *self._files_of_data()],
-                [matrix],
-                lambda: self._weigh(source, matrix),
-            )
+            matrix = target = self._path(f"{prefix}imatrix")
+            files = [source, *self._files_of_data()]
+            self._run("importance matrix", files, [target], lambda: self._weigh(source, target))
+        if _AUTO in types:
+            chosen = self._choose_type(source, matrix, adapter, reference)
+            types = [name for name in dict.fromkeys([*types, chosen]) if name not in (_AUTO, "F16")]
         paths = []
-        for type_name in types:
-            path, chosen = self._path(prefix + type_name), None if type_name in _WHOLE else matrix
-
-            def make(
-                path: Path = path, name: str = type_name, chosen: Path | None = chosen
-            ) -> dict[str, Any]:
-                return quantize(source, path, name, imatrix=chosen, threads=self._threads).as_dict()
-
-            self._run(f"quantise to {type_name}", [source, *([chosen] if chosen else [])], [path], make)
+        for name in types:
+            path, weights = self._path(prefix + name), None if name in _WHOLE else matrix
+            make = partial(quantize, source, path, name, imatrix=weights, threads=self._threads)
+            self._run(f"quantise to {name}", [source, *([weights] if weights else [])], [path], make)
             paths.append(path)
         return paths
+
+    def _choose_type(
+        self, source: Path, matrix: Path | None, adapter: Path | None, reference: Reference
+    ) -> str:
+        """The fastest type on this machine that loses no more than is allowed."""
+
+        def diverge(path: Path) -> float:
+            report = certify(
+                reference, [LocalModel(path.name, path, adapter)], threads=self._threads, speed=False
+            ).report
+            kl = _summarize(report["files"][0])["kl"]
+            return math.inf if kl is None else kl
+
+        make = partial(
+            choose_type,
+            source,
+            self._stages.folder,
+            diverge,
+            loss=self._job.loss,
+            imatrix=matrix,
+            threads=self._threads,
+            say=self._say,
+        )
+        files = [source, self._stages.folder / "reference", *([matrix] if matrix else [])]
+        choice = self._run(f"choosing a type that loses at most {self._job.loss:g}", files, [], make)
+        self._stages.note(auto=choice)
+        self._say(choice["reason"])
+        return choice["type"]
 
     def _weigh(self, source: Path, target: Path) -> None:
         data = self._trained.recipe.data if self._trained.record else DataOptions()
@@ -413,8 +445,10 @@ def _is_in_16_bits(path: Path) -> bool:
 def _check_space(trained: TrainedFiles, types: Sequence[str], folder: Path) -> None:
     """Raise `OutputError` where the disk has no room for all that will be written."""
     weights, there = count_weights(trained), trained.base.gguf is not None
-    kinds = {kind.name: 8 * kind.bytes / kind.block for kind in tensor_kinds()}
-    bits = sum(_MARGIN * kinds[main_type(name)] for name in types if name != "F16")
+    kinds = {kind.name: kind for kind in tensor_kinds()}
+    written = ["Q8_0" if name == _AUTO else name for name in types if name != "F16"]
+    chosen = [kinds[main_type(name)] for name in written]
+    bits = sum(_MARGIN * 8 * kind.bytes / kind.block for kind in chosen)
     bits += 16 if not trained.invocation or types else 0  # the merged model, or the base in 16 bits
     if trained.quantized:
         width = 8 * trained.dtype.itemsize

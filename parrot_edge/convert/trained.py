@@ -7,6 +7,7 @@ the data are unknown. Torch is imported where weights are loaded.
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,7 @@ class TrainedFiles:
         with one_sentence(f"the adapter {self.folder}"), quiet_libraries():
             config = PeftConfig.from_pretrained(str(self.folder))
             config.alora_invocation_tokens = None  # see `loops.save_adapter`
+            warnings.filterwarnings("ignore", "Found missing adapter keys")  # they are refused below
             adapted = PeftModel.from_pretrained(model, str(self.folder), config=config, use_safetensors=True)
             with safe_open(self.folder / WEIGHTS, "np") as weights:
                 saved = set(weights.keys())
