@@ -23,6 +23,7 @@ from parrot_edge.convert.reference import ANCHORS, HARD_DIALOGUES, Passage, Refe
 from parrot_edge.dialogue import Message, content_id, parse_seed
 from parrot_edge.errors import InputError, OutputError
 from parrot_edge.jsonl import Line, read_lines
+from parrot_edge.machine import plural
 from parrot_edge.recipe import DataOptions
 from parrot_edge.seeds import builtin_path
 from parrot_edge.store import write_json
@@ -33,6 +34,7 @@ from parrot_edge.train.template import TurnTemplate, Unwritable
 if TYPE_CHECKING:
     from parrot_edge.convert.trained import Trained
 
+_FEW = 5  # dialogues; the bootstrap draws from them
 _AT_ONCE = 64  # rows of logits that are normalised together, 4 bytes a token of the vocabulary each
 
 
@@ -139,6 +141,9 @@ class _Listener:
                 f"there is nothing that {trained.folder.name} could be heard to say as {self._role}; name "
                 "(other) dialogues with --data"
             )
+        groups = len({passage.group for passage in passages})
+        if sources and groups < _FEW:
+            missing.append(f"The intervals tell little: they rest on {plural(groups, 'dialogue')} alone.")
         self._say(f"what {trained.folder.name} says to {sum(len(p.tokens) for p in passages)} tokens")
         with open(folder / "log_probs.f16", "wb") as rows, open(folder / "anchors.f16", "wb") as anchors:
             passages, size, anchored = self._hear(passages, rows, anchors)
