@@ -101,9 +101,7 @@ def _fetch(folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix="unfinished-") as aside:
         archive = placed if placed.is_file() else _download(Path(aside), placed)
         if sha256_of(archive) != SHA256:
-            raise ModelError(
-                f"{archive} is damaged or another version: its SHA-256 is not {SHA256}; replace it"
-            )
+            raise ModelError(f"{archive} is damaged or of another version: its SHA-256 differs; replace it")
         files = Path(aside) / "files"
         with tarfile.open(archive) as content:
             for member in content:
