@@ -80,6 +80,14 @@ def test_failed_stage_leaves_those_before(stages: Callable[..., Stages], tmp_pat
     assert list(record["stages"]) == ["one"]
 
 
+def test_what_a_killed_run_was_making_is_cleared_away(stages: Callable[..., Stages], tmp_path: Path) -> None:
+    stages()
+    (tmp_path / "out" / ".base-x1").mkdir()
+    (tmp_path / "out" / ".base-x1" / "large").write_text("")
+    stages(resume=True)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["convert.json"]
+
+
 def test_existing_folder_is_refused(stages: Callable[..., Stages], tmp_path: Path) -> None:
     stages()
     with pytest.raises(OutputError, match="exists; choose another, pass --force to replace it or --resume"):

@@ -142,6 +142,8 @@ class Stages:
             if self._force:
                 shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True, exist_ok=True)
+            for path in self.folder.glob(".*-*"):  # what a killed run was about to make
+                shutil.rmtree(path, ignore_errors=True)
             self.note()
         except OSError as error:
             raise OutputError(f"{self.folder} cannot be made: {error.strerror}; name another place") from None
