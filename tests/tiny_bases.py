@@ -25,7 +25,14 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "mistral": {**_SIZES, "sliding_window": None},
     "gemma": {**_SIZES, "head_dim": 16, "hidden_activation": "gelu_pytorch_tanh"},
     "phi3": {**_SIZES, "sliding_window": None, "original_max_position_embeddings": 512},
-    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_ctx": 512, "initializer_range": 0.15},
+    "gpt2": {
+        "n_embd": 64,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 512,
+        "n_ctx": 512,
+        "initializer_range": 0.15,
+    },
 }
 """transformers' configuration of each."""
 
