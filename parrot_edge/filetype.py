@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from parrot_edge.errors import ModelError
+from parrot_edge.errors import ModelError, OutputError
 from parrot_edge.machine import choose_threads, format_bytes, inspect_machine, plural
 from parrot_edge.models import LocalModel, embedded_path
 from parrot_edge.store import cache_dir, lock, read_json, sha256_of, write_json
@@ -81,7 +80,7 @@ def _choose_embedded(
     kept = read_json(folder / "choices.json")
     if not again:
         # There may be none, its file may be impossible to make again, or another version wrote it.
-        with contextlib.suppress(KeyError, ModelError, TypeError):
+        with contextlib.suppress(KeyError, ModelError, OutputError, TypeError):
             choice = Choice(files[kept[key]["type"]], **kept[key])
             _derive(source, choice.path)
             return choice
@@ -98,8 +97,8 @@ def _compare(source: Path, files: dict[str, Path], sequences: int, threads: int)
     for name, path in files.items():
         try:
             _derive(source, path)
-            speeds[name] = _measure(path, sequences, threads)
-        except ModelError as error:
+            speeds[name] = measure_speed(path, sequences, threads)
+        except (ModelError, OutputError) as error:
             left_out.append(f"{name} was left out: {error}")
     if not speeds:
         return Choice(source, _type_of(source), "; ".join(left_out))
@@ -110,8 +109,11 @@ def _compare(source: Path, files: dict[str, Path], sequences: int, threads: int)
     return Choice(files[best], best, "; ".join([reason, *left_out]))
 
 
-def _measure(path: Path, sequences: int, threads: int) -> float:
-    """Tokens a second of dialogue: each is written once, and read once by the other side."""
+def measure_speed(path: Path, sequences: int, threads: int) -> float:
+    """Tokens a second of dialogue: each is written once, and read once by the other side.
+
+    Raises `ModelError` where the file cannot be loaded, or does not fit into the memory that is free.
+    """
     from parrot_edge.engine.rates import measure_rates
 
     size, available = path.stat().st_size, inspect_machine().memory_available
@@ -121,22 +123,18 @@ def _measure(path: Path, sequences: int, threads: int) -> float:
 
 
 def _derive(source: Path, target: Path) -> None:
-    """Make `target`, of the type its name ends in, unless it is there; raises `ModelError` or `OSError`."""
-    from parrot_edge.engine import native
+    """Make `target`, of the type that its name ends in, unless it is there.
+
+    Raises `ModelError` or `OutputError`.
+    """
+    from parrot_edge.engine import quantizer
 
     if target.is_file():
         return
     if shutil.disk_usage(target.parent).free < 4 * source.stat().st_size:
         raise ModelError(f"{target.parent} has not enough free space")
-    partial = target.with_name(target.name + ".partial")
-    try:
-        native.quantize(source, partial, _type_of(target), inspect_machine().cores)
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())  # whole, or not there, after a power cut as well
-        os.replace(partial, target)
-        _remove_outdated(source, target)
-    finally:
-        partial.unlink(missing_ok=True)
+    quantizer.quantize(source, target, _type_of(target), inspect_machine().cores)
+    _remove_outdated(source, target)
 
 
 def _remove_outdated(source: Path, target: Path) -> None:

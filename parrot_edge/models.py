@@ -113,18 +113,22 @@ def list_models() -> list[Entry]:
     return entries
 
 
-def add_model(name: str, target: str) -> None:
+def add_model(name: str, target: str, *, force: bool = False) -> None:
     """Let `name` stand for a MODEL from now on; `ask` and `chat` replace the defaults.
 
     Relative paths are made absolute, and other names replaced by what they stand for now. Raises
-    `UsageError` for a name that cannot be one, and `ModelError` for a file that does not exist.
+    `UsageError` for a name that cannot be one, or that is taken already without `force`, and
+    `ModelError` for a file that does not exist.
     """
     if not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", name) or name.endswith(".gguf"):
         raise UsageError(f"{name!r} cannot be a short name; use a-z, 0-9, '-', '_' and '.'")
     if name == EMBEDDED:
         raise UsageError(f"{name!r} is the embedded model's name; choose another")
+    own = _own_names()
+    if name in own and not force:
+        raise UsageError(f"{name!r} stands for {own[name]} already; choose another, or pass --force")
     parts = [_absolute(part) for part in _expand(target, _names()) if part is not None]
-    _write_own_names({**_own_names(), name: "+".join(parts)})
+    _write_own_names({**own, name: "+".join(parts)})
 
 
 def remove_model(name: str) -> None:

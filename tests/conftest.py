@@ -96,3 +96,19 @@ def scripted_parrot(tmp_path: Path) -> Iterator[Parrot]:
     command = Parrot([str(Path(__file__).with_name("scripted_parrot.py"))], tmp_path)
     yield command
     command.end()
+
+
+@pytest.fixture
+def toolkit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """llama.cpp's converters, which bin/test fetches beforehand, in a home that is new but for them."""
+    from parrot_edge.convert.toolkit import VERSION
+    from parrot_edge.store import cache_dir
+
+    folder = cache_dir() / "llama.cpp" / VERSION
+    if not folder.is_dir():
+        pytest.skip("llama.cpp's converters are not here; run python -m parrot_edge.convert.toolkit")
+    home = tmp_path / "home"
+    (home / "cache").mkdir(parents=True)
+    (home / "cache" / "llama.cpp").symlink_to(folder.parent)
+    monkeypatch.setenv("PARROT_HOME", str(home))
+    return folder

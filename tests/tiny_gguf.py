@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,9 @@ def make_llama(seed: int = 0, kv_heads: int = 2) -> Any:
     return LlamaForCausalLM(config).eval()
 
 
-def write_llama(model: Any, path: Path, **metadata: str) -> Path:
-    """A `LlamaForCausalLM` as llama.cpp has it, in float32; its vocabulary is a word for each token."""
+def write_llama(model: Any, path: Path, tokenizer: Any = None, **metadata: str) -> Path:
+    """A `LlamaForCausalLM` as llama.cpp has it, in float32; without a tokenizer of `tiny_models` its
+    vocabulary is a word for each token."""
     import gguf
 
     config = model.config
@@ -57,11 +59,21 @@ def write_llama(model: Any, path: Path, **metadata: str) -> Path:
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list([f"w{index}é" for index in range(config.vocab_size)])
-    writer.add_token_types([1] * config.vocab_size)
-    writer.add_token_merges(["w 1", "w 2"])
-    writer.add_eos_token_id(0)
-    writer.add_chat_template("{{ messages }}")
+    if tokenizer is None:
+        writer.add_token_list([f"w{index}é" for index in range(config.vocab_size)])
+        writer.add_token_types([1] * config.vocab_size)
+        writer.add_token_merges(["w 1", "w 2"])
+        writer.add_eos_token_id(0)
+        writer.add_chat_template("{{ messages }}")
+    else:
+        special = set(tokenizer.all_special_tokens)
+        tokens = tokenizer.convert_ids_to_tokens(range(config.vocab_size))
+        writer.add_token_list(tokens)
+        writer.add_token_types([3 if token in special else 1 for token in tokens])
+        merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+        writer.add_token_merges([" ".join(merge) for merge in merges])
+        writer.add_eos_token_id(tokenizer.eos_token_id)
+        writer.add_chat_template(tokenizer.chat_template)
     for key, text in metadata.items():
         writer.add_string(key, text)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
@@ -72,6 +84,50 @@ def write_llama(model: Any, path: Path, **metadata: str) -> Path:
                 halves = array.reshape(heads, 2, array.shape[0] // heads // 2, -1)
                 array = np.ascontiguousarray(halves.swapaxes(1, 2).reshape(array.shape))
         writer.add_tensor(f"{names.get_name(key.removesuffix('.weight'))}.weight", array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def write_random(path: Path, *, width: int = 64, hidden: int = 96, experts: int = 0) -> Path:
+    """A random llama of one block and 96 tokens, made without torch; of its experts two are used."""
+    import gguf
+
+    random = np.random.default_rng(0)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+    writer.add_context_length(512)
+    writer.add_embedding_length(width)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(hidden)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(4)
+    writer.add_rope_dimension_count(width // 4)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(96)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([f"w{index}é" for index in range(96)])
+    writer.add_token_types([1] * 96)
+    writer.add_token_merges(["w 1"])
+    writer.add_eos_token_id(0)
+    if experts:
+        writer.add_expert_count(experts)
+        writer.add_expert_used_count(2)
+    kind, outer = ("_exps", (experts,)) if experts else ("", ())
+    shapes: dict[str, tuple[int, ...]] = {
+        **dict.fromkeys(("token_embd", "output"), (96, width)),
+        **dict.fromkeys(("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"), (width,)),
+        **{f"blk.0.attn_{name}": (width, width) for name in ("q", "k", "v", "output")},
+        **({"blk.0.ffn_gate_inp": (experts, width)} if experts else {}),
+        **{f"blk.0.ffn_{name}{kind}": (*outer, hidden, width) for name in ("gate", "up")},
+        f"blk.0.ffn_down{kind}": (*outer, width, hidden),
+    }
+    for name, shape in shapes.items():
+        values = np.ones(shape) if len(shape) == 1 else random.normal(size=shape) / width**0.5
+        writer.add_tensor(f"{name}.weight", values.astype(np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

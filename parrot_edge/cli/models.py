@@ -8,7 +8,7 @@ from dataclasses import asdict
 import click
 
 from parrot_edge.machine import format_bytes
-from parrot_edge.models import add_model, list_models, parse_model, remove_model
+from parrot_edge.models import LocalModel, add_model, list_models, parse_model, remove_model
 
 
 @click.group(invoke_without_command=True)
@@ -71,15 +71,24 @@ def pull(model: str) -> None:
 @models.command()
 @click.argument("name", metavar="NAME")
 @click.argument("model", metavar="MODEL")
-def add(name: str, model: str) -> None:
+@click.option("--force", is_flag=True, help="Replace a name, or pair an adapter with any base.")
+def add(name: str, model: str, force: bool) -> None:
     """Let NAME stand for MODEL from now on; "ask" and "chat" replace the defaults.
+
+    An adapter is taken over the base that it was trained on, or that a certificate.json beside it names.
 
     \b
     Examples:
       parrot models add tutor ./qwen.gguf+tutor-lora.gguf
       parrot models add chat http://localhost:8000/v1#qwen2.5-7b
     """
-    add_model(name, model)
+    if not force and not model.lower().startswith("hf:"):  # those of the hub are fetched when they are used
+        found = parse_model(model, download=False)
+        if isinstance(found, LocalModel) and found.adapter:
+            from parrot_edge.convert.deliver import check_base  # loads llama.cpp
+
+            check_base(found)
+    add_model(name, model, force=force)
 
 
 @models.command()

@@ -21,7 +21,7 @@ from parrot_edge.store import sha256_of
 
 _WEIGHTS = "adapter_model.safetensors"
 _UNKNOWN_TO_LLAMA_CPP = (
-    *("use_rslora", "use_dora", "use_qalora", "rank_pattern", "alpha_pattern"),
+    *("use_dora", "use_qalora", "rank_pattern", "alpha_pattern"),
     *("modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication"),
 )
 _MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # what these start from is not the base
@@ -33,13 +33,13 @@ def write_adapter(
     """Write the peft LoRA in `folder`, trained on the GGUF `base`, as the GGUF `target`, in float16.
 
     `training.json` in the folder, where there is one, tells its role and its fixed system text, which
-    go into the metadata with `name`, the SPDX `license_id` and the base's name and hash. An activated
-    LoRA (arXiv 2504.12397) keeps its invocation tokens. Raises `OutputError` where `target` exists
-    without `force` or cannot be written, and `ModelError` where the adapter is damaged, no LoRA for
-    this base, or of a kind that llama.cpp cannot apply.
+    go into the metadata with `name`, the SPDX `license_id` ("" for none) and the base's name and hash.
+    An activated LoRA (arXiv 2504.12397) keeps its invocation tokens. Raises `OutputError` where
+    `target` exists without `force` or cannot be written, and `ModelError` where the adapter is
+    damaged, no LoRA for this base, or of a kind that llama.cpp cannot apply.
     """
     with write_gguf(target, "llama", force=force) as writer:
-        config = _read_config(folder)
+        config = read_config(folder)
         weights = _read_weights(folder / _WEIGHTS)
         source = read_gguf(base)
         architecture = source.get("general.architecture")
@@ -47,11 +47,12 @@ def write_adapter(
             raise ModelError(f"{base} is of architecture {architecture}; only llama adapters are converted")
         writer.add_type("adapter")
         writer.add_name(name)
-        writer.add_license(license_id)
+        if license_id:
+            writer.add_license(license_id)
         writer.add_base_model_count(1)
         writer.add_base_model_name(0, source.get("general.name", base.stem))
         writer.add_string("adapter.type", "lora")
-        writer.add_float32("adapter.lora.alpha", float(config["lora_alpha"]))
+        writer.add_float32("adapter.lora.alpha", scaled_alpha(config))
         if config.get("alora_invocation_tokens") is not None:
             types = import_gguf().GGUFValueType
             writer.add_key_value(
@@ -61,7 +62,7 @@ def write_adapter(
                 types.UINT32,
             )
         writer.add_string(BASE_SHA256_KEY, sha256_of(base))
-        for key, text in _read_role(folder / "training.json").items():
+        for key, text in describe_role(folder).items():
             writer.add_string(key, text)
         for tensor, values in _to_llama_cpp(weights, config["r"], source, folder):
             writer.add_tensor(tensor, values)
@@ -70,7 +71,7 @@ def write_adapter(
         writer.write_tensors_to_file()
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
     """peft's configuration of a plain or activated LoRA; raises `ModelError` for any other kind."""
     path = folder / "adapter_config.json"
     config = _read_json(path)
@@ -93,12 +94,22 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def scaled_alpha(config: Mapping[str, Any]) -> float:
+    """What llama.cpp divides by the rank: rank-stabilised LoRA divides alpha by the rank's root instead.
+
+    >>> scaled_alpha({"r": 16, "lora_alpha": 32, "use_rslora": True})
+    128.0
+    """
+    return float(config["lora_alpha"]) * (config["r"] ** 0.5 if config.get("use_rslora") else 1)
+
+
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
 
 
-def _read_role(path: Path) -> dict[str, str]:
-    """The role that a run trained, and its system text where that was fixed; {} without a record."""
+def describe_role(folder: Path) -> dict[str, str]:
+    """Metadata: the role that a run trained, and its system text if that was fixed; {} without a record."""
+    path = folder / "training.json"
     if not path.exists():
         return {}
     record = _read_json(path)

@@ -7,7 +7,7 @@ import math
 import mmap
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,10 @@ from typing import Any
 import numpy as np
 
 from parrot_edge.errors import ModelError, OutputError, UsageError
+
+Metadata = Mapping[str, tuple[Any, Any]]
+"""Metadata to set: the name of a type, as `gguf.GGUFValueType` spells it, and a value; a list with the
+name in it stands for an array of that type."""
 
 BASE_SHA256_KEY = "parrot.base.sha256"
 """Metadata of an adapter: SHA-256 of the GGUF that it was trained on."""
@@ -35,7 +39,7 @@ class Tensor:
 
     name: str
     shape: tuple[int, ...]
-    type: Any  # gguf.GGMLQuantizationType
+    type: Any  # gguf.GGMLQuantizationType, or a native.TensorKind that `gguf` does not know
     data: np.ndarray
 
     def floats(self, rows: slice = slice(None)) -> np.ndarray:
@@ -81,7 +85,7 @@ def read_gguf(path: Path) -> GgufFile:
             source = _Cursor(content).read_file(np.memmap(path, np.uint8, "r"))
     except OSError as error:
         raise ModelError(f"{path} cannot be opened: {error.strerror}; name a GGUF file") from None
-    except (ValueError, KeyError, TypeError, ArithmeticError):  # what damage leads to
+    except (ValueError, LookupError, TypeError, ArithmeticError):  # what damage leads to
         raise ModelError(f"{path} is no GGUF file, or damaged or cut short; fetch or make it again") from None
     if source.get("split.count", 1) not in (0, 1):
         raise ModelError(f"{path} is one part of several; join them with llama-gguf-split --merge first")
@@ -143,8 +147,14 @@ def _map_tensor(
     mapped: np.ndarray, start: int, name: str, shape: tuple[int, ...], type_id: int, offset: int
 ) -> Tensor:
     gguf = import_gguf()
-    kind = gguf.GGMLQuantizationType(type_id)
-    block, size = gguf.GGML_QUANT_SIZES[kind]
+    try:
+        kind = gguf.GGMLQuantizationType(type_id)
+        block, size = gguf.GGML_QUANT_SIZES[kind]
+    except ValueError:  # llama.cpp may know types that `gguf` does not
+        from parrot_edge.engine.native import tensor_kinds
+
+        kind = tensor_kinds()[type_id]
+        block, size = kind.block, kind.bytes
     rows, row_bytes = math.prod(shape[:-1]), shape[-1] // block * size if shape else 0
     data = mapped[start + offset : start + offset + rows * row_bytes]
     if not row_bytes:
@@ -176,3 +186,17 @@ def write_gguf(target: Path, architecture: str, *, force: bool) -> Iterator[Any]
             writer.close()
         with contextlib.suppress(OSError):
             draft.unlink(missing_ok=True)
+
+
+def add_metadata(writer: Any, given: Metadata, source: GgufFile | None = None) -> None:
+    """Set what is given, then what `source` has beside it; empty arrays, which say nothing, are left out."""
+    types = import_gguf().GGUFValueType
+    for key, (kind, value) in given.items():
+        is_array = isinstance(kind, list)
+        item = types[kind[0]] if is_array else None
+        writer.kv_data[0].pop(key, None)
+        writer.add_key_value(key, value, types.ARRAY if is_array else types[kind], item)
+    for key, known in source.metadata.items() if source else ():
+        if key not in writer.kv_data[0] and known.raw != []:
+            item = None if known.item is None else types(known.item)
+            writer.add_key_value(key, known.raw, types(known.type), item)

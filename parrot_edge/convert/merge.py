@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from parrot_edge.convert.files import BASE_SHA256_KEY, GgufFile, Tensor, import_gguf, read_gguf, write_gguf
+from parrot_edge.convert.files import (
+    BASE_SHA256_KEY,
+    GgufFile,
+    Metadata,
+    Tensor,
+    add_metadata,
+    import_gguf,
+    read_gguf,
+    write_gguf,
+)
 from parrot_edge.engine.base import INVOCATION_KEY
 from parrot_edge.errors import ModelError
 from parrot_edge.roles import ROLE_KEY, SYSTEM_KEY
@@ -27,12 +37,14 @@ def merge_adapter(
     *,
     scale: float = 1.0,
     check_base: bool = True,
+    metadata: Metadata = MappingProxyType({}),
     force: bool = False,
 ) -> None:
     """Write `base` with `scale` times `adapter` added to it as `target`, both being GGUF files.
 
     Matrices become float16, whatever they were; norms and other vectors stay as they are. The base's
-    metadata is kept, but for the name, the file type, and the role that the adapter was trained for.
+    metadata is kept, but for the name, the file type, the role that the adapter was trained for, and
+    what `metadata` sets.
     Memory: the two files, mapped, and the largest matrix in float16. Raises `OutputError` where
     `target` exists without `force` or cannot be written, and `ModelError` where a file is damaged, the
     adapter does not fit or is an activated one, or `check_base` and it was trained on another file.
@@ -50,7 +62,7 @@ def merge_adapter(
     name = " + ".join((model.get("general.name", base.stem), lora.get("general.name", adapter.stem)))
     half = import_gguf().GGMLQuantizationType.F16
     with write_gguf(target, architecture, force=force) as writer:
-        _write_metadata(writer, model, lora, name)
+        _write_metadata(writer, model, lora, name, metadata)
         for tensor in model.tensors.values():
             if len(tensor.shape) == 1:
                 data = tensor.data[0]
@@ -101,18 +113,14 @@ def _read_updates(
     return updates
 
 
-def _write_metadata(writer: Any, model: GgufFile, lora: GgufFile, name: str) -> None:
-    """The base's metadata with what the adapter changes; empty arrays, which say nothing, are left out."""
+def _write_metadata(writer: Any, model: GgufFile, lora: GgufFile, name: str, given: Metadata) -> None:
+    """The base's metadata with what the adapter changes."""
     writer.data_alignment = model.alignment
     writer.add_name(name)
     writer.add_file_type(import_gguf().LlamaFileType.MOSTLY_F16)
     for key in (ROLE_KEY, SYSTEM_KEY):
         writer.add_string(key, lora.get(key, ""))
-    types = import_gguf().GGUFValueType
-    for key, value in model.metadata.items():
-        if key not in writer.kv_data[0] and value.raw != []:
-            item = None if value.item is None else types(value.item)
-            writer.add_key_value(key, value.raw, types(value.type), item)
+    add_metadata(writer, given, model)
 
 
 def _merge(tensor: Tensor, update: Update | None, base: Path) -> np.ndarray:

@@ -5,20 +5,24 @@ It knows nothing of Ask or Chat, of dialogues or files.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from parrot_edge.dialogue import Message
-from parrot_edge.engine.base import Request
+from parrot_edge.engine.base import Request, Sampling
 from parrot_edge.engine.batch import find_invocation
+from parrot_edge.engine.ggml import Observer
 from parrot_edge.engine.llama import LlamaEngine
 from parrot_edge.engine.native import ContextShape, Model
 from parrot_edge.machine import choose_threads
 
 _BATCH = 256
 """Tokens of one decode; at 4 bytes a logit of a vocabulary of 50,000 that is 50 MB."""
+
+_GREEDY = Sampling(temperature=0.0, repeat_penalty=1.0)
 
 _MARK = "PARROT-TEXT"
 
@@ -28,17 +32,23 @@ class Likelihood:
 
     What a conversation has in common with the one measured before it is not read again, so the turns
     of a dialogue, measured in order, cost one pass over it. `tokens` is the longest text that is
-    measured, the model's own limit where that is less.
+    measured, the model's own limit where that is less. For `observer` see `Context`.
     """
 
     def __init__(
-        self, path: Path, *, adapter: Path | None = None, tokens: int = 2048, threads: int | None = None
+        self,
+        path: Path,
+        *,
+        adapter: Path | None = None,
+        tokens: int = 2048,
+        threads: int | None = None,
+        observer: Observer | None = None,
     ) -> None:
         model = Model(path)
         self.tokens = min(tokens, model.trained_context or tokens)
         shape = ContextShape(1, self.tokens, threads or choose_threads().count, _BATCH, outputs=_BATCH)
         lora = model.load_adapter(adapter) if adapter else None
-        self.engine = LlamaEngine.over(model, shape, lora)
+        self.engine = LlamaEngine.over(model, shape, lora, observer=observer)
         self._activated, self._context = self.engine.adapter, self.engine.batcher.context
         self._model = model
         self._read: list[int] = []  # what the cache holds, as far as every message would read it
@@ -56,7 +66,12 @@ class Likelihood:
         return [*tokens, self.closing_token(role)], max(1, start)
 
     def log_probs(self, tokens: Sequence[int], start: int) -> np.ndarray:
-        """ln P(token | all before it) of `tokens[start:]`: float64 (T - start,).
+        """ln P(token | all before it) of `tokens[start:]`: float64 (T - start,); see `logits`."""
+        said = zip(self.logits(tokens, start), tokens[start:], strict=True)
+        return np.array([_log_softmax(logits, token) for logits, token in said])
+
+    def logits(self, tokens: Sequence[int], start: int) -> Iterator[np.ndarray]:
+        """What the model says before each of `tokens[start:]`: float32 (vocab_size,), one after the other.
 
         `start` is at least 1, and there are at most `self.tokens` tokens. An activated adapter reads
         from its last invocation before `start` on; raises `ModelError` where there is none.
@@ -67,7 +82,7 @@ class Likelihood:
             self._context.forget(0)
             position = 0
         self._read = []
-        results, last = np.empty(len(tokens) - start), len(tokens) - 1  # the last token predicts no other
+        last = len(tokens) - 1  # the last token predicts no other
         while position < last:
             begins = active if position < active else last
             chunk = tokens[position : min(position + _BATCH, begins, last)]
@@ -75,12 +90,25 @@ class Likelihood:
             if self._activated:
                 self._context.apply(self._activated if position >= active else None)
             wanted = min(len(chunk), max(0, end - start + 1))
-            outputs = self._context.decode([(0, position, chunk, wanted)])
-            for target, output in enumerate(outputs, end - wanted + 1):
-                results[target - start] = _log_softmax(self._context.logits(output), tokens[target])
+            for output in self._context.decode([(0, position, chunk, wanted)]):
+                yield self._context.logits(output)
             position = end
         self._read = list(tokens[: min(active, last)])
-        return results
+
+    def write_on(self, messages: Sequence[Message], role: str, max_tokens: int) -> str:
+        """What the model writes next as `role`, taking the likeliest token each time."""
+        self._context.forget(0)
+        self._read = []
+        request = Request(messages, role, max_tokens=max_tokens, sampling=_GREEDY)
+
+        async def reply() -> str:
+            async with self.engine.session() as session:
+                return (await session.reply(request)).text
+
+        try:
+            return asyncio.run(reply())
+        finally:
+            self._context.forget(0)
 
     def closing_token(self, role: str) -> int:
         """The first token that the template writes after a message of `role`."""

@@ -20,6 +20,7 @@ from pathlib import Path
 from parrot_edge.dialogue import Message
 from parrot_edge.engine.base import Reply, Request, Sampling, Session
 from parrot_edge.engine.batch import Batcher, Conversation, Scheduler
+from parrot_edge.engine.ggml import Observer
 from parrot_edge.engine.native import MAX_SEQUENCES, Adapter, Context, ContextShape, Model
 from parrot_edge.engine.sampling import derive_seed
 from parrot_edge.errors import UsageError
@@ -62,11 +63,19 @@ class LlamaEngine:
 
     @classmethod
     def over(
-        cls, model: Model, shape: ContextShape, lora: Adapter | None, *, exact: bool = False
+        cls,
+        model: Model,
+        shape: ContextShape,
+        lora: Adapter | None,
+        *,
+        exact: bool = False,
+        observer: Observer | None = None,
     ) -> LlamaEngine:
-        """An engine with a context of its own; an activated adapter stays out of that."""
+        """An engine with a context of its own; an activated adapter stays out of that. For `observer` see
+        `Context`."""
         always, activated = (None, lora) if lora is not None and lora.invocation else (lora, None)
-        return cls(Batcher(Context(model, shape, always), Scheduler(), exact=exact), adapter=activated)
+        context = Context(model, shape, always, observer=observer)
+        return cls(Batcher(context, Scheduler(), exact=exact), adapter=activated)
 
     @property
     def metadata(self) -> Mapping[str, str]:

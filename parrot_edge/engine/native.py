@@ -1,16 +1,20 @@
 """llama.cpp's C interface, typed and safe: handles that free themselves, errors instead of NULL.
 
-The one module that calls `llama_cpp`. It knows nothing of scheduling; see `llama` for that.
+The one module that calls `llama_cpp`, but for `ggml`, which looks into what is computed. It knows nothing
+of scheduling; see `llama` for that.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import functools
 import importlib.metadata
 import os
+import re
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +23,7 @@ import llama_cpp.llama_cpp as C
 import numpy as np
 
 from parrot_edge.engine.base import INVOCATION_KEY, Sampling
+from parrot_edge.engine.ggml import Observer, Watch
 from parrot_edge.errors import ModelError, UsageError
 
 MAX_SEQUENCES = 256
@@ -26,7 +31,9 @@ MAX_SEQUENCES = 256
 
 _PENALTY_WINDOW = 64  # tokens
 _PENALTY_CANDIDATES = 128  # penalties look each candidate up, and llama.cpp finds more than 128 slowly
+_GGUF_STRING = 8  # enum gguf_type
 _WARN, _ERROR = 3, 4  # ggml_log_level
+_ONLY_CONVERTED = ("NVFP4",)  # file types that llama.cpp reads but does not quantise to
 
 _log: deque[str] = deque(maxlen=20)
 
@@ -56,22 +63,81 @@ class _GgufParams(ctypes.Structure):
     _fields_ = (("no_alloc", ctypes.c_bool), ("context", ctypes.c_void_p))
 
 
-def is_activated(path: Path) -> bool:
-    """Whether a GGUF is an activated adapter, told from its header; raises `ModelError`."""
+@contextlib.contextmanager
+def _open_header(path: Path) -> Iterator[Any]:
+    """The header of a GGUF, and the library with the functions that read it; raises `ModelError`."""
     _check_gguf(path)
     gguf = C._lib  # llama_cpp does not declare this part of the library
     gguf.gguf_init_from_file.restype = ctypes.c_void_p
     gguf.gguf_init_from_file.argtypes = [ctypes.c_char_p, _GgufParams]
-    gguf.gguf_find_key.restype = ctypes.c_int64
-    gguf.gguf_find_key.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
     gguf.gguf_free.argtypes = [ctypes.c_void_p]
+    for name, result, *arguments in (
+        ("find_key", ctypes.c_int64, ctypes.c_char_p),
+        ("get_val_str", ctypes.c_char_p, ctypes.c_int64),
+        ("get_kv_type", ctypes.c_int, ctypes.c_int64),
+        ("get_n_tensors", ctypes.c_int64),
+        ("get_tensor_name", ctypes.c_char_p, ctypes.c_int64),
+        ("get_tensor_type", ctypes.c_int, ctypes.c_int64),
+    ):
+        function = getattr(gguf, f"gguf_{name}")
+        function.restype, function.argtypes = result, [ctypes.c_void_p, *arguments]
     header = gguf.gguf_init_from_file(os.fsencode(path), _GgufParams(no_alloc=True, context=None))
     if not header:
         raise ModelError(f"{path} cannot be read: {_why()}; check the file or fetch it again")
     try:
-        return bool(gguf.gguf_find_key(header, INVOCATION_KEY.encode()) >= 0)
+        yield gguf, header
     finally:
         gguf.gguf_free(header)
+
+
+def is_activated(path: Path) -> bool:
+    """Whether a GGUF is an activated adapter, told from its header; raises `ModelError`."""
+    with _open_header(path) as (gguf, header):
+        return bool(gguf.gguf_find_key(header, INVOCATION_KEY.encode()) >= 0)
+
+
+def read_text(path: Path, key: str) -> str | None:
+    """A text among the metadata of a GGUF, adapters included, or None; raises `ModelError`."""
+    with _open_header(path) as (gguf, header):
+        index = gguf.gguf_find_key(header, key.encode())
+        if index < 0 or gguf.gguf_get_kv_type(header, index) != _GGUF_STRING:
+            return None
+        return gguf.gguf_get_val_str(header, index).decode("utf-8", "replace")
+
+
+def tensor_types(path: Path) -> dict[str, str]:
+    """The type of each tensor of a GGUF, "F32" or "Q4_K", told from its header; raises `ModelError`."""
+    names = {number: kind.name for number, kind in enumerate(tensor_kinds())}
+    with _open_header(path) as (gguf, header):
+        return {
+            gguf.gguf_get_tensor_name(header, index).decode(): names[gguf.gguf_get_tensor_type(header, index)]
+            for index in range(gguf.gguf_get_n_tensors(header))
+        }
+
+
+@dataclass(frozen=True)
+class TensorKind:
+    """A type of tensors: `block` numbers of a row are kept together, in `bytes` bytes. Types that were
+    removed from llama.cpp have none of either."""
+
+    name: str
+    block: int
+    bytes: int
+
+
+@functools.cache
+def tensor_kinds() -> tuple[TensorKind, ...]:
+    """The types of tensors that this llama.cpp knows, by their number."""
+    ggml = C._lib
+    ggml.ggml_type_name.restype, ggml.ggml_type_name.argtypes = ctypes.c_char_p, [ctypes.c_int]
+    ggml.ggml_blck_size.restype, ggml.ggml_blck_size.argtypes = ctypes.c_int64, [ctypes.c_int]
+    ggml.ggml_type_size.restype, ggml.ggml_type_size.argtypes = ctypes.c_size_t, [ctypes.c_int]
+    count = C.llama_model_quantize_default_params().output_tensor_type  # "none", the number behind the last
+    kinds = []
+    for number in range(count):
+        name = (ggml.ggml_type_name(number) or b"").decode().upper()
+        kinds.append(TensorKind(name, ggml.ggml_blck_size(number), ggml.ggml_type_size(number)))
+    return tuple(kinds)
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -80,21 +146,67 @@ def read_metadata(path: Path) -> dict[str, str]:
         return model.metadata
 
 
-def quantize(source: Path, target: Path, type_name: str, threads: int) -> None:
+def file_types() -> dict[str, int]:
+    """The file types that this llama.cpp can write, by the names that llama-quantize has for them."""
+    prefix = re.compile(r"LLAMA_FTYPE_(?:MOSTLY|ALL)_")
+    names = {prefix.sub("", name): name for name in dir(C) if prefix.match(name)}
+    return {name: getattr(C, names[name]) for name in sorted(names) if name not in _ONLY_CONVERTED}
+
+
+def quantize(
+    source: Path,
+    target: Path,
+    type_name: str,
+    threads: int,
+    *,
+    importance: Mapping[str, np.ndarray] | None = None,
+    notes: Mapping[str, int | str] | None = None,
+) -> None:
     """Write `source` anew with its matrices as `type_name` ("Q4_0", "Q8_0", "F16", ...).
 
-    Weights that are quantised already are expanded first. Raises `UsageError` for an unknown type
-    and `ModelError` where llama.cpp fails; a half-written target is removed.
+    Weights that are quantised already are expanded first. Nothing can stop it before its end; see
+    `quantizer` for a call that can be stopped. Raises `UsageError` for an unknown type and `ModelError`
+    where llama.cpp fails; a half-written target is removed.
+
+    importance  of each tensor's columns, by its name: float32 (matrices * columns,)
+    notes       metadata to add
     """
-    ftype = getattr(C, f"LLAMA_FTYPE_MOSTLY_{type_name.upper()}", None)
+    ftype = file_types().get(type_name.upper())
     if ftype is None:
         raise UsageError(f"{type_name} is no file type of llama.cpp; Q8_0, Q4_K_M and F16 are some")
     params = C.llama_model_quantize_default_params()
     params.ftype, params.allow_requantize, params.nthread = ftype, True, threads
+    entries = [  # what the structures point to must live as long as the call
+        (name.encode(), np.ascontiguousarray(values, np.float32).ravel())
+        for name, values in (importance or {}).items()
+    ]
+    if entries:
+        params.imatrix = (C.llama_model_imatrix_data * (len(entries) + 1))(
+            *(
+                C.llama_model_imatrix_data(
+                    name, values.ctypes.data_as(ctypes.POINTER(ctypes.c_float)), values.size
+                )
+                for name, values in entries
+            )
+        )
+    if notes:
+        params.kv_overrides = (C.llama_model_kv_override * (len(notes) + 1))(*map(_override, notes.items()))
     _log.clear()
     if C.llama_model_quantize(os.fsencode(source), os.fsencode(target), ctypes.byref(params)) != 0:
         target.unlink(missing_ok=True)
         raise ModelError(f"{source} cannot be written as {type_name}: {_why()}")
+
+
+def _override(note: tuple[str, int | str]) -> C.llama_model_kv_override:
+    """A line of metadata as llama.cpp takes it; it holds at most 127 bytes of text."""
+    key, value = note
+    entry = C.llama_model_kv_override(key=key.encode())
+    if isinstance(value, int):
+        entry.tag, entry.value.val_i64 = C.LLAMA_KV_OVERRIDE_TYPE_INT, value
+    else:
+        text = value.encode()[:127].decode("utf-8", "ignore").encode()
+        entry.tag, entry.value.val_str = C.LLAMA_KV_OVERRIDE_TYPE_STR, text
+    return entry
 
 
 def _why() -> str:
@@ -183,7 +295,12 @@ class Model(_Handle):
     @property
     def eos(self) -> str:
         """The text of the token that ends a text, or "" where there is none."""
-        return self._special_text(C.llama_vocab_eos(self._vocab))
+        return self._special_text(self.eos_token)
+
+    @property
+    def eos_token(self) -> int:
+        """The token that ends a text, or -1 where there is none."""
+        return int(C.llama_vocab_eos(self._vocab))
 
     def _special_text(self, token: int) -> str:
         return "" if token < 0 else self.piece(token).decode("utf-8", "replace")
@@ -210,6 +327,10 @@ class Model(_Handle):
     def ends_turn(self, token: int) -> bool:
         """Whether a token ends a message: an end-of-generation token, or any other control token."""
         return bool(C.llama_vocab_is_eog(self._vocab, token) or C.llama_vocab_is_control(self._vocab, token))
+
+    def ends_generation(self, token: int) -> bool:
+        """Whether a token is one of those at which every program over llama.cpp stops."""
+        return bool(C.llama_vocab_is_eog(self._vocab, token))
 
     def load_adapter(self, path: Path) -> Adapter:
         """A LoRA in GGUF form, checked against this base; raises `ModelError` where it does not fit."""
@@ -269,10 +390,18 @@ class Context(_Handle):
     """A key-value cache over a model; each sequence has a stream of its own. With `adapter`, all that it
     reads and writes is under that one.
 
+    An `observer`, for contexts of one sequence, is told what the model's matrices are multiplied by.
     Raises `ModelError` where llama.cpp cannot allocate it.
     """
 
-    def __init__(self, model: Model, shape: ContextShape, adapter: Adapter | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        shape: ContextShape,
+        adapter: Adapter | None = None,
+        *,
+        observer: Observer | None = None,
+    ) -> None:
         self.model, self.shape, self.adapter = model, shape, adapter
         params = C.llama_context_default_params()
         params.n_ctx = shape.sequences * shape.tokens
@@ -282,6 +411,9 @@ class Context(_Handle):
         params.n_threads = params.n_threads_batch = shape.threads
         params.kv_unified = False
         params.no_perf = True
+        self._watch = Watch(observer) if observer is not None else None
+        if self._watch is not None:
+            params.cb_eval = self._watch.callback
         _log.clear()
         pointer = C.llama_init_from_model(model.pointer, params)
         if not pointer:
@@ -312,8 +444,12 @@ class Context(_Handle):
         until the next decode. The rows hold at most `shape.batch` tokens in all.
         """
         outputs = self._batch.fill(rows)
+        if self._watch is not None:
+            self._watch.expect(self._batch.wanted)
         _log.clear()
         code = C.llama_decode(self.pointer, self._batch.struct)
+        if self._watch is not None:
+            self._watch.check()
         if code != 0:
             raise ModelError(f"{self.model.path} failed to decode (code {code}): {_why()}")
         return outputs
@@ -389,6 +525,11 @@ class _Batch:
         self.struct.n_seq_id = self._count.ctypes.data_as(as_pointer(ctypes.c_int32))
         self.struct.seq_id = self._rows.ctypes.data_as(as_pointer(as_pointer(C.llama_seq_id)))
         self.struct.logits = self._logits.ctypes.data_as(as_pointer(ctypes.c_int8))
+
+    @property
+    def wanted(self) -> np.ndarray:
+        """Whether the logits of each token are wanted: int8 (T,), 0 or 1."""
+        return self._logits[: self.struct.n_tokens]
 
     def fill(self, rows: Sequence[tuple[int, int, Sequence[int], int]]) -> list[int]:
         start, outputs = 0, list[int]()

@@ -111,7 +111,7 @@ def load_model(base: Base, options: BaseOptions, *, dtype: Any, device: Any, pad
 
     padded: batches are padded and masked (preference pairs), which `attend_segments` knows nothing of.
     """
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM
 
     register_segments()
     attention = options.attention
@@ -125,19 +125,32 @@ def load_model(base: Base, options: BaseOptions, *, dtype: Any, device: Any, pad
     with one_sentence(f"the base {base.name}"):
         if options.quantization == "none":
             return AutoModelForCausalLM.from_pretrained(**base.where(), **arguments, **_gguf(base)).to(device)
-        nf4 = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )
-        arguments |= {"quantization_config": nf4, "device_map": {"": device}}
+        arguments |= {"quantization_config": nf4_options(dtype), "device_map": {"": device}}
         if not base.gguf:
             return AutoModelForCausalLM.from_pretrained(**base.where(), **arguments)
         # transformers takes one quantisation at a time: out of the GGUF's first, into NF4 then
         with tempfile.TemporaryDirectory() as folder:
-            AutoModelForCausalLM.from_pretrained(**base.where(), **_gguf(base)).save_pretrained(folder)
+            expand_gguf(base, folder)
             return AutoModelForCausalLM.from_pretrained(folder, **arguments)
+
+
+def nf4_options(dtype: Any) -> Any:
+    """4 bits as transformers is told of them: NF4, double quantised, computing in `dtype`."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def expand_gguf(base: Base, folder: Path | str) -> None:
+    """Write a GGUF's weights as transformers saves them, dequantised."""
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_pretrained(**base.where(), **_gguf(base)).save_pretrained(folder)
 
 
 def register_segments() -> None:
@@ -233,8 +246,10 @@ def _mend_tokenizer(tokenizer: Any, path: Path) -> None:
 @contextlib.contextmanager
 def one_sentence(what: str) -> Iterator[None]:
     """Turn what the libraries raise for missing or broken files into one `ModelError`."""
+    from safetensors import SafetensorError
+
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ModelError(f"{what} cannot be loaded: {reason}") from None

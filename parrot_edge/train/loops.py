@@ -80,21 +80,28 @@ def sum_loss(model: nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor, tor
     Only where there is something to learn is a prediction made. trl does so on a GPU alone; elsewhere
     it would spend a third of the step of a small model on tokens that are context.
     """
-    if "turns" in batch:
-        return _sum_activated_loss(model, batch)
     labels = batch["labels"]
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
-    count = (labels[:, 1:] != CONTEXT).sum()
-    if labels.device.type == "cuda":
+    if labels.device.type == "cuda" and "turns" not in batch:
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
         scores = model(**inputs, labels=labels, use_cache=False, fused_lm_head=True).log_probs
-        return -scores.sum(), count
-    places = (labels[0, 1:] != CONTEXT).nonzero()[:, 0]  # (N,): the token after each is a target
-    logits = model(**inputs, use_cache=False, logits_to_keep=places).logits[0]  # (N, V)
-    return nn.functional.cross_entropy(logits.float(), labels[0, places + 1], reduction="sum"), count
+        return -scores.sum(), (labels[:, 1:] != CONTEXT).sum()
+    logits, targets = target_logits(model, batch)
+    loss = nn.functional.cross_entropy(logits.float(), labels[0, targets], reduction="sum")
+    return loss, torch.tensor(len(targets), device=labels.device)
 
 
-def _sum_activated_loss(model: nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """`sum_loss` of an activated adapter: the base reads the line, then the turns are read with the adapter.
+def target_logits(model: nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the model says before each target: logits (N, V), and the targets' places in the line, (N,)."""
+    if "turns" in batch:
+        return _activated_logits(model, batch)
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    places = (batch["labels"][0, 1:] != CONTEXT).nonzero()[:, 0]  # (N,): the token after each is a target
+    return model(**inputs, use_cache=False, logits_to_keep=places).logits[0], places + 1
+
+
+def _activated_logits(model: nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """`target_logits` of an activated adapter: the base reads the line, then the turns are read with the
+    adapter.
 
     No turn sees what the adapter made of another one, so all stand side by side in one pass; nothing is
     learned from the base's pass, which therefore keeps no activations.
@@ -114,10 +121,8 @@ def _sum_activated_loss(model: nn.Module, batch: dict[str, Any]) -> tuple[torch.
         past_key_values=read.past_key_values,
         turns=turns,
         logits_to_keep=kept,
-    ).logits[0]  # (N, V)
-    targets = labels[places[kept] + 1]
-    loss = nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
-    return loss, torch.tensor(len(kept), device=labels.device)
+    ).logits[0]
+    return logits, places[kept] + 1
 
 
 class RowSampler(Sampler[int]):
@@ -261,19 +266,25 @@ def pair_collator(pad_token: int) -> Any:
     return DataCollatorForPreference(pad_token_id=pad_token)
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def set_evaluating(model: nn.Module) -> None:
     """Dropout off. 4-bit layers stay as they are in training: on some CPUs bitsandbytes repacks their
     weights for evaluation, and what is trained or merged afterwards is garbage."""
-    was = model.training
     model.eval()
     for module in model.modules():
         if hasattr(module, "quant_state") or type(module).__name__ == "Linear4bit":
             module.training = True
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """`set_evaluating` for a while; every layer is then as it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    set_evaluating(model)
     try:
         yield
     finally:
-        model.train(was)
+        for module, mode in modes:
+            module.training = mode
 
 
 class Progress(transformers.TrainerCallback):

@@ -116,10 +116,7 @@ class TurnTemplate:
         too. Raises `Unwritable` for a text that the template changes beyond trimming it, or that
         holds a control token.
         """
-        system = messages[0].content if messages[0].role == "system" else None
-        turns = messages[1:] if system is not None else messages
-        if self._source != "row":
-            system = self._text
+        system, turns = self._split_system(messages)
         pieces = self._pieces(tuple(turn.role for turn in turns), system)
         texts = self._find_texts(turns, pieces, self._render(turns, system))
         parts: list[str] = []
@@ -136,6 +133,17 @@ class TurnTemplate:
         else:
             parts.append(afters[-1])
         return "".join(parts), spans
+
+    def as_prompted(self, messages: Sequence[Message]) -> list[Message]:
+        """The dialogue with the system text that counts, in the place where the template takes it."""
+        system, turns = self._split_system(messages)
+        return self._place_system(turns, system)
+
+    def _split_system(self, messages: Sequence[Message]) -> tuple[str | None, Sequence[Message]]:
+        """The system text that counts, or None, and the turns."""
+        system = messages[0].content if messages[0].role == "system" else None
+        turns = messages[1:] if system is not None else messages
+        return system if self._source == "row" else self._text, turns
 
     def _span(self, role: str, start: int, text: str, after: str) -> Span:
         if not after.startswith(self._close[role]):
@@ -198,15 +206,19 @@ class TurnTemplate:
             raise Unwritable("the chat template writes more than the turns")
         return texts
 
+    def _place_system(self, turns: Sequence[Message], system: str | None) -> list[Message]:
+        """A system text that the template refuses goes before the first user text."""
+        if system is None:
+            return list(turns)
+        if self._takes_system:
+            return [Message("system", system), *turns]
+        return [Message(turns[0].role, f"{system}\n\n{turns[0].content}"), *turns[1:]]
+
     def _render(self, turns: Sequence[Message], system: str | None) -> str:
-        """The template's own rendering; a system text it refuses goes before the first user text."""
+        """The template's own rendering."""
         import jinja2
 
-        rows = [{"role": turn.role, "content": turn.content} for turn in turns]
-        if system is not None and self._takes_system:
-            rows.insert(0, {"role": "system", "content": system})
-        elif system is not None:
-            rows[0]["content"] = f"{system}\n\n{rows[0]['content']}"
+        rows = [message.as_dict() for message in self._place_system(turns, system)]
         try:
             return self._tokenizer.apply_chat_template(rows, tokenize=False)
         except jinja2.TemplateError as error:

@@ -79,7 +79,7 @@ def train(
     if done is not None:
         say(f"{folder.path} is finished already")
         return done
-    with _quiet_libraries(), _memory_in_one_sentence(folder):
+    with quiet_libraries(), _memory_in_one_sentence(folder):
         job = _prepare(recipe, say)
         for line in job.plan.lines():
             say(line)
@@ -88,12 +88,12 @@ def train(
 
 def plan_run(recipe: TrainRecipe, *, say: Say = lambda line: None) -> Plan:
     """What a run would train, read and take, without loading the weights; raises as `train` does."""
-    with _quiet_libraries():
+    with quiet_libraries():
         return _prepare(recipe, say).plan
 
 
 def _prepare(recipe: TrainRecipe, say: Say) -> Job:
-    device, dtype, processes = _choose_device(recipe)
+    device, dtype, processes = choose_device(recipe)
     base = Base.locate(recipe.base)
     tokenizer = load_tokenizer(base, recipe.base)
     config = load_config(base, tokenizer)
@@ -292,6 +292,7 @@ def _describe(job: Job) -> dict[str, Any]:
         },
         "prompt": asdict(job.prompt),
         "invocation": job.invocation,
+        "dtype": str(job.dtype).removeprefix("torch."),
         "trained_parameters": job.plan.shape.trained,
         "versions": {
             "parrot_edge": parrot_edge.__version__,
@@ -301,7 +302,7 @@ def _describe(job: Job) -> dict[str, Any]:
     }
 
 
-def _choose_device(recipe: TrainRecipe) -> tuple[Any, Any, int]:
+def choose_device(recipe: TrainRecipe) -> tuple[Any, Any, int]:
     """Device, dtype and number of processes; raises `ModelError` where the recipe's GPU is missing."""
     missing = [name for name in LIBRARIES if not _version(name)]
     if missing:
@@ -357,7 +358,7 @@ def _count_tokens(pair: Any, *, learned: bool = False) -> int:
 
 
 @contextlib.contextmanager
-def _quiet_libraries() -> Iterator[None]:
+def quiet_libraries() -> Iterator[None]:
     """No progress bars and no chatter; peft and trl still call some functions by their old names."""
     os.environ.setdefault("TQDM_DISABLE", "1")
     import datasets
