@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 pytest.importorskip("gguf")
 pytest.importorskip("trl")
@@ -16,6 +17,7 @@ pytest.importorskip("trl")
 from tiny_bases import make_base
 from tiny_gguf import add_lora, cut, read_fields
 
+from parrot_edge.cli import parrot
 from parrot_edge.convert import pipeline
 from parrot_edge.convert.pipeline import Job, Stages, convert
 from parrot_edge.errors import ModelError, OutputError, UsageError
@@ -164,3 +166,17 @@ def test_adapter_becomes_certified_files_and_resumes(made: Path, tmp_path: Path)
     after = {path.name: path.stat().st_mtime_ns for path in out.glob("*.gguf")}
     assert [name for name in before if before[name] != after[name]] == ["lora-Q8_0.gguf"]
     assert [line for line in said if line.endswith("...")] == ["quantise to Q8_0 ..."]
+
+
+def test_one_option_takes_several_types(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked = []
+
+    def note(adapter: Path, output: Path, job: Job, **options: Any) -> dict[str, Any]:
+        asked.append((adapter, job.types))
+        return {"certificate": {"passed": True, "failed": []}}
+
+    monkeypatch.setattr(pipeline, "convert", note)
+    command = ["convert", "ask", "-o", str(tmp_path / "out"), "--quant", "Q4_0", "Q8_0"]
+    result = CliRunner().invoke(parrot, command)
+    assert result.exit_code == 0, result.output
+    assert asked == [(Path("ask"), ("Q4_0", "Q8_0"))]

@@ -13,13 +13,14 @@ from parrot_edge.errors import ModelError
 
 @click.command()
 @click.argument("adapter", metavar="ADAPTER", type=click.Path(path_type=Path))
+@click.argument("more_types", metavar="[TYPE]...", nargs=-1)
 @click.option("-o", "--output", metavar="DIR", required=True, type=click.Path(path_type=Path), help="Folder.")
 @click.option(
     "--quant",
     "types",
     metavar="TYPE",
     multiple=True,
-    help="A file type beside F16, such as Q8_0 or Q4_K_M, or auto, the fastest here; may be given again.",
+    help="File types beside F16, such as Q8_0 Q4_K_M, or auto, the fastest here.",
 )
 @click.option(
     "--loss",
@@ -51,6 +52,7 @@ from parrot_edge.errors import ModelError
 @click.option("--json", "as_json", is_flag=True, help="Print what convert.json holds.")
 def convert(
     adapter: Path,
+    more_types: tuple[str, ...],
     output: Path,
     types: tuple[str, ...],
     loss: float,
@@ -73,7 +75,7 @@ def convert(
     \b
     Examples:
       parrot convert ask-135m -o ask-gguf
-      parrot convert ask-8b -o ask-gguf --quant Q8_0 --quant Q4_K_M --data dialogues.jsonl
+      parrot convert ask-8b -o ask-gguf --quant Q8_0 Q4_K_M --data dialogues.jsonl
       parrot convert ask-8b -o ask-gguf --base ./Qwen2.5-7B --quant Q4_K_M --resume
       parrot convert chat-8b -o chat-gguf --quant auto --loss 0.02 --data dialogues.jsonl
       parrot convert chat-8b -o chat-gguf --quant Q4_0 --threshold kl.Q4_0=0.3
@@ -86,7 +88,7 @@ def convert(
         click.echo(line, err=True)
 
     job = Job(
-        types=types,
+        types=types + more_types,
         loss=loss,
         base=base,
         sources=sources,

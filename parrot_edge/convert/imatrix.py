@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from parrot_edge.convert.files import GgufFile, import_gguf, read_gguf, write_gguf
+from parrot_edge.data.sources import Reader, is_held_out
 from parrot_edge.dialogue import Message, Seed
 from parrot_edge.engine.ggml import Product
 from parrot_edge.engine.likelihood import Likelihood
@@ -21,8 +22,7 @@ from parrot_edge.engine.native import read_metadata
 from parrot_edge.engine.sampling import derive_seed
 from parrot_edge.errors import InputError, ModelError, UsageError
 from parrot_edge.roles import NATIVE, SYSTEM_KEY, AskPrompt, ask_view
-from parrot_edge.train.data import LEARNED, is_held_out
-from parrot_edge.train.sources import Reader
+from parrot_edge.train.data import LEARNED
 
 TOKENS = 20_000
 """Tokens that are read for a matrix where nothing else is said."""

@@ -20,6 +20,7 @@ import numpy as np
 import parrot_edge
 from parrot_edge.convert import reference
 from parrot_edge.convert.reference import ANCHORS, HARD_DIALOGUES, Passage, Reference, Text
+from parrot_edge.data.sources import Dialogue, Reader, is_held_out
 from parrot_edge.dialogue import Message, content_id, parse_seed
 from parrot_edge.errors import InputError, OutputError
 from parrot_edge.jsonl import Line, read_lines
@@ -27,8 +28,7 @@ from parrot_edge.machine import plural
 from parrot_edge.recipe import DataOptions
 from parrot_edge.seeds import builtin_path
 from parrot_edge.store import write_json
-from parrot_edge.train.data import CONTEXT, LEARNED, Encoder, Row, is_held_out, split_row
-from parrot_edge.train.sources import Dialogue, Reader
+from parrot_edge.train.data import CONTEXT, LEARNED, Encoder, Row, split_row
 from parrot_edge.train.template import TurnTemplate, Unwritable
 
 if TYPE_CHECKING:
