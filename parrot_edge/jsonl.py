@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from parrot_edge.errors import InputError, OutputError
+from parrot_edge.store import refuse_existing
 
 MAX_LINE_BYTES = 32 * 1024 * 1024
 """Longest line that is read: no dialogue is this long, and memory stays bounded."""
@@ -152,8 +153,7 @@ class Writer:
         self._appender: Appender | None = None
         if str(path) == "-":
             return
-        if not force and os.path.exists(path):
-            raise OutputError(f"{path} exists; choose another name or pass --force to replace it")
+        refuse_existing(Path(path), force=force)
         self._appender = Appender(path, truncate=True)
 
     def write(self, row: dict[str, Any]) -> None:

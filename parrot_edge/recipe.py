@@ -19,7 +19,8 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from parrot_edge.errors import InputError, OutputError, UsageError
+from parrot_edge.errors import InputError, UsageError
+from parrot_edge.store import new_file
 
 if TYPE_CHECKING:
     from importlib.abc import Traversable
@@ -280,12 +281,8 @@ def copy_recipe(name: str, target: str | Path, *, force: bool = False) -> Path:
     recipe, path = find_recipe(name), Path(target)
     if path.is_dir():
         path = path / f"{recipe.name}.yaml"
-    if path.exists() and not force:
-        raise OutputError(f"{path} exists; choose another name or pass --force to replace it")
-    try:
-        path.write_text(recipe.text, encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror}") from None
+    with new_file(path, force=force) as draft:
+        draft.write_text(recipe.text, encoding="utf-8")
     return path
 
 

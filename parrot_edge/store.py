@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from parrot_edge.errors import ModelError
+from parrot_edge.errors import ModelError, OutputError
 
 
 def cache_dir() -> Path:
@@ -49,9 +49,43 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, value: object) -> None:
     """Replace a file by a JSON value, whole or not at all; raises `OSError`."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    with replacing(path) as draft:
+        draft.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """A name beside `target` to write to; it becomes `target` where the block ends well, and else is gone."""
+    draft = target.with_name(target.name + ".partial")
+    try:
+        yield draft
+        os.replace(draft, target)
+    finally:
+        with contextlib.suppress(OSError):
+            draft.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_file(target: Path, *, force: bool) -> Iterator[Path]:
+    """`replacing`, for what a user has asked for by name.
+
+    Raises `OutputError` where `target` exists without `force`, or cannot be written.
+    """
+    refuse_existing(target, force=force)
+    try:
+        with replacing(target) as draft:
+            yield draft
+    except OSError as error:
+        reason = error.strerror or "not all bytes were taken, the disk may be full"  # as numpy says it
+        raise OutputError(
+            f"{target} cannot be written: {reason}; free some space or name another place"
+        ) from None
+
+
+def refuse_existing(target: Path, *, force: bool) -> None:
+    """Raise `OutputError` where `target` exists without `force`."""
+    if target.exists() and not force:
+        raise OutputError(f"{target} exists; choose another name or pass --force to replace it")
 
 
 def _user_dir(kind: str, variable: str, fallback: str) -> Path:

@@ -7,7 +7,6 @@ it was found.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,15 +14,15 @@ from typing import Any
 import jinja2
 
 from parrot_edge.machine import format_bytes, plural
+from parrot_edge.store import replacing
 
 _WIDTH, _ROW = 640, 46  # of the plots, in their own units
 
 
 def write_page(report: Mapping[str, Any], target: Path) -> None:
     """Write the page of a report, whole or not at all; raises `OSError`."""
-    partial = target.with_name(target.name + ".partial")
-    partial.write_text(render_page(report), encoding="utf-8")
-    os.replace(partial, target)
+    with replacing(target) as draft:
+        draft.write_text(render_page(report), encoding="utf-8")
 
 
 def render_page(report: Mapping[str, Any]) -> str:

@@ -21,11 +21,11 @@ from parrot_edge.convert.quantize import note_fallbacks
 from parrot_edge.dialogue import Message, Seed
 from parrot_edge.engine.native import Model, is_activated, read_text
 from parrot_edge.engine.template import ChatTemplate
-from parrot_edge.errors import ModelError, OutputError, UsageError
+from parrot_edge.errors import ModelError, UsageError
 from parrot_edge.machine import format_bytes
 from parrot_edge.models import LocalModel
 from parrot_edge.roles import NATIVE, SYSTEM_KEY, AskPrompt, ask_view
-from parrot_edge.store import read_json, sha256_of
+from parrot_edge.store import new_file, read_json, refuse_existing, sha256_of
 
 UPLOADED = ("*.gguf", "README.md", "Modelfile", "certificate.json", "certificate.html", "certificate/*")
 """What of a folder goes to the hub."""
@@ -68,17 +68,10 @@ def write_delivery(
     if not (model.adapter and is_activated(model.adapter)):  # Ollama would apply it to what it must not
         texts["Modelfile"] = write_modelfile(model.path, model.adapter, role=release.role)
     for name in texts:
-        if (folder / name).exists() and not force:
-            raise OutputError(f"{folder / name} exists; pass --force to replace it")
+        refuse_existing(folder / name, force=force)
     for name, text in texts.items():
-        draft = folder / f"{name}.partial"
-        try:
+        with new_file(folder / name, force=force) as draft:
             draft.write_text(text, encoding="utf-8")
-            os.replace(draft, folder / name)
-        except OSError as error:
-            raise OutputError(
-                f"{folder / name} cannot be written: {error.strerror}; free some space"
-            ) from None
 
 
 def check_base(model: LocalModel) -> None:

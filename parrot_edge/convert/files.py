@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import mmap
-import os
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from parrot_edge.errors import ModelError, OutputError, UsageError
+from parrot_edge.errors import ModelError, UsageError
+from parrot_edge.store import new_file
 
 Metadata = Mapping[str, tuple[Any, Any]]
 """Metadata to set: the name of a type, as `gguf.GGUFValueType` spells it, and a value; a list with the
@@ -168,24 +168,14 @@ def write_gguf(target: Path, architecture: str, *, force: bool) -> Iterator[Any]
 
     Raises `OutputError` where `target` exists without `force`, or cannot be written.
     """
-    if target.exists() and not force:
-        raise OutputError(f"{target} exists; choose another name or pass --force to replace it")
-    draft = Path(f"{target}.partial")
-    writer = import_gguf().GGUFWriter(draft, architecture)
-    try:
-        yield writer
-        writer.close()
-        os.replace(draft, target)
-    except OSError as error:
-        reason = error.strerror or "not all bytes were taken, the disk may be full"  # as numpy says it
-        raise OutputError(
-            f"{target} cannot be written: {reason}; free some space or name another place"
-        ) from None
-    finally:
-        with contextlib.suppress(OSError):
+    with new_file(target, force=force) as draft:
+        writer = import_gguf().GGUFWriter(draft, architecture)
+        try:
+            yield writer
             writer.close()
-        with contextlib.suppress(OSError):
-            draft.unlink(missing_ok=True)
+        finally:
+            with contextlib.suppress(OSError):
+                writer.close()
 
 
 def add_metadata(writer: Any, given: Metadata, source: GgufFile | None = None) -> None:

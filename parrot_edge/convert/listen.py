@@ -27,7 +27,7 @@ from parrot_edge.jsonl import Line, read_lines
 from parrot_edge.machine import plural
 from parrot_edge.recipe import DataOptions
 from parrot_edge.seeds import builtin_path
-from parrot_edge.store import write_json
+from parrot_edge.store import refuse_existing, write_json
 from parrot_edge.train.data import CONTEXT, LEARNED, Encoder, Row, split_row
 from parrot_edge.train.template import TurnTemplate, Unwritable
 
@@ -76,8 +76,7 @@ def write_reference(
     Raises `OutputError` where `target` exists without `force` or cannot be written, and `InputError`
     where the sources hold nothing for the role.
     """
-    if target.exists() and not force:
-        raise OutputError(f"{target} exists; choose another name or pass --force to replace it")
+    refuse_existing(target, force=force)
     partial = target.with_name(target.name + ".partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)

@@ -19,6 +19,7 @@ from parrot_edge.engine import quantizer
 from parrot_edge.engine.native import file_types, tensor_kinds, tensor_types
 from parrot_edge.errors import ModelError, OutputError, UsageError
 from parrot_edge.machine import format_bytes, inspect_machine
+from parrot_edge.store import refuse_existing
 
 ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
 """Names that llama-quantize takes beside those of `file_types`."""
@@ -103,8 +104,7 @@ def quantize(
     `OutputError` where the target exists without `force`, or has no room.
     """
     type_name = parse_type(type_name)
-    if target.exists() and not force:
-        raise OutputError(f"{target} exists; choose another name or pass --force to replace it")
+    refuse_existing(target, force=force)
     if target.exists() and target.samefile(source):
         raise UsageError(f"{target} is the source itself; name another output")
     if type_name in NEEDS_IMATRIX and imatrix is None:

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from parrot_edge.convert.files import Metadata, read_gguf
 from parrot_edge.errors import ModelError, OutputError, UsageError
-from parrot_edge.store import cache_dir, lock, sha256_of
+from parrot_edge.store import cache_dir, lock, refuse_existing, sha256_of
 
 VERSION = "0.3.36"
 """The llama-cpp-python that pyproject.toml pins."""
@@ -140,8 +140,7 @@ def _run(
     pre: str | None,
     force: bool,
 ) -> None:
-    if target.exists() and not force:
-        raise OutputError(f"{target} exists; choose another name or pass --force to replace it")
+    refuse_existing(target, force=force)
     missing = [name for name in ("torch", "transformers", "safetensors") if not _is_installed(name)]
     if missing:
         raise UsageError(f"converting needs {', '.join(missing)}; run pip install 'parrot-edge[train]'")

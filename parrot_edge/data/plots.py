@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from parrot_edge.errors import OutputError, UsageError
+from parrot_edge.errors import UsageError
+from parrot_edge.store import new_file, refuse_existing
 
 _PLOTS = {
     "turns": ("histograms.turns", "Turns of a dialogue"),
@@ -30,17 +30,15 @@ def draw_plots(reports: Sequence[dict[str, Any]], folder: Path, *, force: bool =
         raise UsageError("plots need matplotlib; run pip install 'parrot-edge[data]'") from None
     paths = [folder / f"{name}.svg" for name in _PLOTS]
     for path in paths:
-        if path.exists() and not force:
-            raise OutputError(f"{path} exists; choose another folder or pass --force to replace it")
+        refuse_existing(path, force=force)
     folder.mkdir(parents=True, exist_ok=True)
     for path, (key, title) in zip(paths, _PLOTS.values(), strict=True):
         figure = Figure(figsize=(7, 3.2), layout="constrained")
         axes = figure.subplots()
         _draw_bars(axes, [_shares(report, key) for report in reports], [r["name"] for r in reports])
         axes.set_title(title, loc="left", fontsize=11)
-        partial = path.with_name(path.name + ".partial")
-        figure.savefig(partial, format="svg", metadata={"Date": None})
-        os.replace(partial, path)
+        with new_file(path, force=force) as draft:
+            figure.savefig(draft, format="svg", metadata={"Date": None})
     return paths
 
 

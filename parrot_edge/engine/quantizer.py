@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from parrot_edge.errors import ModelError, OutputError, ParrotError
+from parrot_edge.store import new_file
 
 _PACKAGE = Path(__file__).parents[1]
 _UNWRITTEN = "iostream"  # in all that C++ says of a stream that could not be written
@@ -35,14 +36,13 @@ def quantize(
 
     An existing `target` is replaced. Raises `OutputError` where it cannot be written, else `ModelError`.
     """
-    draft = target.with_name(target.name + ".partial")
-    request = {"paths": [str(source), str(draft)], "type": type_name, "threads": threads, "notes": notes}
     data = io.BytesIO()
     np.savez(data, **dict(importance or {}))  # type: ignore[arg-type]
     path = os.pathsep.join(filter(None, [str(_PACKAGE.parent), os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, "-m", __name__, json.dumps(request)]
     pipe = subprocess.PIPE
-    try:
+    with new_file(target, force=True) as draft:
+        request = {"paths": [str(source), str(draft)], "type": type_name, "threads": threads, "notes": notes}
+        command = [sys.executable, "-m", __name__, json.dumps(request)]
         with subprocess.Popen(
             command, stdin=pipe, stdout=pipe, stderr=pipe, env={**os.environ, "PYTHONPATH": path}
         ) as child:
@@ -56,11 +56,6 @@ def quantize(
             raise _failure(source, target, type_name, child.returncode, said.decode("utf-8", "replace"))
         with open(draft, "rb+") as file:
             os.fsync(file.fileno())  # whole, or not there, after a power cut as well
-        os.replace(draft, target)
-    except OSError as error:
-        raise OutputError(f"{target} cannot be written: {error.strerror}; name another place") from None
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def _failure(source: Path, target: Path, type_name: str, code: int, said: str) -> ParrotError:

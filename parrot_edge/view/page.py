@@ -14,7 +14,6 @@ import base64
 import hashlib
 import html
 import json
-import os
 import re
 import tempfile
 import zlib
@@ -25,7 +24,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import IO, Any
 
-from parrot_edge.errors import OutputError
+from parrot_edge.store import new_file
 from parrot_edge.view.shown import Shown
 
 _CHUNK_BYTES = 400_000
@@ -63,19 +62,8 @@ def open_page(target: Path, *, force: bool) -> Iterator[IO[bytes]]:
 
     Raises `OutputError` where `target` exists without `force`, or cannot be written.
     """
-    if target.exists() and not force:
-        raise OutputError(f"{target} exists; choose another name or pass --force to replace it")
-    draft = target.with_name(target.name + ".partial")
-    try:
-        with open(draft, "wb") as output:
-            yield output
-        os.replace(draft, target)
-    except OSError as error:
-        raise OutputError(
-            f"{target} cannot be written: {error.strerror}; free some space or name another place"
-        ) from None
-    finally:
-        draft.unlink(missing_ok=True)
+    with new_file(target, force=force) as draft, open(draft, "wb") as output:
+        yield output
 
 
 class _Index:
