@@ -84,7 +84,7 @@ def new_file(target: Path, *, force: bool) -> Iterator[Path]:
 
 def refuse_existing(target: Path, *, force: bool) -> None:
     """Raise `OutputError` where `target` exists without `force`."""
-    if target.exists() and not force:
+    if os.path.exists(target) and not force:
         raise OutputError(f"{target} exists; choose another name or pass --force to replace it")
 
 
