@@ -21,6 +21,7 @@ VERBS = {
     "chat": "Add the assistant's next message to each dialogue; on a terminal, talk to it.",
     "train": "Train an adapter that plays the user (Ask) or the assistant (Chat).",
     "evaluate": "Measure how much Ask is like the people it plays.",
+    "dialect": "Tell spoken dialects apart: train on recordings, measure, export, identify.",
     "recipes": "List, show, copy and check training recipes.",
     "models": "List models, fetch them, and name them.",
     "doctor": (

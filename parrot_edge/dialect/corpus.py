@@ -86,18 +86,14 @@ def parse_utterance(line: Line) -> Utterance:
     unknown = [key for key in row if key not in KEYS]
     if unknown:
         raise line.error(f"has the key {unknown[0]!r}; a manifest knows {', '.join(KEYS)}")
-    for key in ("path", "label"):
-        if not isinstance(row.get(key), str) or not row[key].strip():
-            raise line.error(f"has no {key}; give it as a text")
+    path, start, end = parse_part(line)
+    if not isinstance(row.get("label"), str) or not row["label"].strip():
+        raise line.error("has no label; give it as a text")
     for key in ("speaker", "source"):
         if not isinstance(row.get(key) or "", str):
             raise line.error(f"has a {key} that is not a text")
-    start, end = _seconds(line, row, "start") or 0.0, _seconds(line, row, "end")
-    if end is not None and end <= start:
-        raise line.error(f"ends at {end} s, which is not after its start at {start} s")
-    folder = Path() if line.source == "<stdin>" else Path(line.source).parent
     return Utterance(
-        folder / row["path"],
+        Path(path),
         row["label"].strip(),
         row.get("speaker") or "",
         start,
@@ -105,6 +101,21 @@ def parse_utterance(line: Line) -> Utterance:
         row.get("source") or "",
         f"{line.source}:{line.number}",
     )
+
+
+def parse_part(line: Line) -> tuple[str, float, float | None]:
+    """Path, start and end of a row that need have nothing else; a relative path is one of the row's file.
+
+    Raises `InputError` for a wrong value.
+    """
+    row = line.row()
+    if not isinstance(row.get("path"), str) or not row["path"].strip():
+        raise line.error("has no path; give it as a text")
+    start, end = _seconds(line, row, "start") or 0.0, _seconds(line, row, "end")
+    if end is not None and end <= start:
+        raise line.error(f"ends at {end} s, which is not after its start at {start} s")
+    folder = Path() if line.source == "<stdin>" else Path(line.source).parent
+    return str(folder / row["path"]), start, end
 
 
 def _seconds(line: Line, row: dict[str, Any], key: str) -> float | None:

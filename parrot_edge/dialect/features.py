@@ -65,6 +65,7 @@ class FeatureStore:
         self._frames = np.load(folder / "frames.npy", mmap_mode="r")  # float16 (all frames, 80)
         self._ends = np.load(folder / "ends.npy")  # int64 (N * (1 + copies),)
         self._record = read_json(folder / "store.json")
+        self.identity = folder.name
         self.copies = int(self._record["copies"])
         self.skipped: list[str] = self._record["skipped"]
         self.kept: list[int] = self._record["kept"]
