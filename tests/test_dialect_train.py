@@ -14,6 +14,7 @@ import pytest
 import soundfile
 import torch
 from click.testing import CliRunner, Result
+from conftest import Parrot
 from dialect_sounds import make_wave, write_corpus
 
 from parrot_edge.cli.dialect import dialect
@@ -49,8 +50,8 @@ def make_recipe(folder: Path, **optim: Any) -> DialectRecipe:
             min_seconds=0.4,
             cache=str(folder / "cache"),
         ),
-        augment=DialectAugment(copies=1, codec=0),
-        optim=DialectOptim(**{"epochs": 8, "batch_size": 6, "learning_rate": 0.02, **optim}),
+        augment=DialectAugment(copies=1, noise=0.2, reverberation=0.2, codec=0, masks=0),
+        optim=DialectOptim(**{"epochs": 8, "batch_size": 4, "learning_rate": 0.01, **optim}),
         run=DialectRun(device="cpu", threads=1),
     )
 
@@ -80,7 +81,7 @@ def test_run_leaves_a_model_that_tells_unheard_speakers_apart(trained: Path) -> 
     assert record["measures"]["accuracy"]["low"] < record["measures"]["accuracy"]["value"]
     assert record["data"]["speakers_held_out"] >= 2
     assert str(trained) not in (trained / "run" / "training.json").read_text()
-    assert str(trained) not in (trained / "run" / "recipe.yaml").read_text().replace("cache", "")
+    assert str(trained) not in (trained / "run" / "recipe.yaml").read_text()
     assert "95 % interval" in (trained / "run" / "README.md").read_text()
 
 
@@ -107,10 +108,13 @@ def test_killed_run_goes_on_to_the_same_weights(trained: Path, tmp_path: Path) -
     assert train(recipe, killed, resume=True)["best_epoch"] >= 1  # finished already
 
 
-def test_run_ends_early_without_progress(trained: Path, tmp_path: Path) -> None:
-    recipe = make_recipe(trained, epochs=6, patience=1, learning_rate=0.0)
-    record = train(recipe, tmp_path / "run")
-    assert record["epochs"] < 6
+def test_run_ends_early_without_progress(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("parrot_edge.dialect.trainer._balanced_loss", lambda scores, scale: 1.0)
+    monkeypatch.setattr("parrot_edge.dialect.trainer.eer", lambda scores: np.array([0.5]))
+    record = train(make_recipe(trained, epochs=9, patience=1), tmp_path / "run")
+    assert (record["epochs"], record["best_epoch"]) == (2, 1)
 
 
 def test_missing_gpu_is_one_sentence(trained: Path, tmp_path: Path) -> None:
@@ -155,7 +159,8 @@ def test_long_recording_is_answered_in_windows(runtime: Runtime, tmp_path: Path)
     assert [answer.start for answer in answers] == [float(at) for at in range(8)]
     assert answers[-1].end == 8.5
     assert [answer.label for answer in answers[:3]] == ["high"] * 3
-    assert [answer.label for answer in answers[-2:]] == ["low"] * 2
+    assert answers[4].label != "low"  # what was heard before still weighs
+    assert answers[-1].label == "low"
     assert all(sum(answer.scores.values()) == pytest.approx(1, abs=1e-5) for answer in answers)
     [part] = identify_file(runtime, path, 5.0, 6.0)
     assert (part.start, part.end, part.label) == (5.0, 6.0, "low")
@@ -206,25 +211,24 @@ def test_scores_by_length_take_only_recordings_that_have_it(runtime: Runtime, tr
     assert "5s" not in scores
 
 
-def run(*arguments: object, input: bytes | str | None = None) -> Result:
-    result = CliRunner().invoke(dialect, [str(each) for each in arguments], input=input)
+def run(*arguments: object) -> Result:
+    result = CliRunner().invoke(dialect, [str(each) for each in arguments])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result
 
 
-def test_identify_reads_files_rows_and_pcm(trained: Path, tmp_path: Path) -> None:
-    model = trained / "run" / "model.onnx"
-    wav = trained / "high-0-2.wav"
+def test_identify_reads_files_rows_and_pcm(trained: Path, parrot: Parrot) -> None:
+    model, wav = trained / "run" / "model.onnx", trained / "high-0-2.wav"
     [row] = map(json.loads, run("identify", wav, "--model", model).stdout.splitlines())
     assert set(row) == {"path", "start", "end", "label", "scores", "unknown"}
     assert (row["path"], row["end"], row["label"]) == (str(wav), 0.9, "high")
-    rows = run("identify", "--model", model, input=json.dumps({"path": str(wav), "end": 0.5}) + "\n")
-    assert json.loads(rows.stdout)["end"] == 0.5
     listed = run("identify", trained / "manifest.jsonl", "--model", trained / "run").stdout
     assert len(listed.splitlines()) == 24
+    rows = parrot("dialect", "identify", "--model", model, input=json.dumps({"path": str(wav), "end": 0.5}))
+    assert json.loads(rows.stdout)["end"] == 0.5
     pcm = (make_wave("low", 0, 2.0) * 32767).astype("<i2").tobytes()
-    answers = run("identify", "--pcm", "--model", model, input=pcm).stdout.splitlines()
+    answers = parrot("dialect", "identify", "--pcm", "--model", model, input=pcm).stdout.splitlines()
     assert [json.loads(line)["end"] for line in answers] == [1.0, 2.0]
 
 
@@ -233,14 +237,14 @@ def test_bad_recording_stops_or_is_skipped_and_the_rest_goes_on(trained: Path, t
     (tmp_path / "text.wav").write_text("no sound")
     with pytest.raises(InputError, match="is not a sound file"):
         run("identify", tmp_path / "text.wav", good, "--model", model)
-    done = run("identify", tmp_path / "text.wav", good, "--model", model, "--on-error", "skip")
-    assert len(done.stdout.splitlines()) == 1
-    assert "skipped" in done.stderr
-    rows = '{"path": 7}\nnonsense\n' + json.dumps({"path": str(good)}) + "\n"
-    done = run("identify", "--model", model, "--on-error", "skip", input=rows)
-    assert len(done.stdout.splitlines()) == 1
-    assert "<stdin>:1: has no path" in done.stderr
-    assert "<stdin>:2: " in done.stderr
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"path": 7}\nnonsense\n' + json.dumps({"path": str(good)}) + "\n")
+    done = run("identify", tmp_path / "text.wav", rows, good, "--model", model, "--on-error", "skip")
+    assert len(done.stdout.splitlines()) == 2
+    said = done.stderr.splitlines()
+    assert len(said) == 3
+    assert f"{rows}:1: has no path" in said[1]
+    assert f"{rows}:2: " in said[2]
 
 
 def test_export_writes_the_model_of_a_run(trained: Path, tmp_path: Path) -> None:
@@ -262,9 +266,9 @@ def test_evaluate_prints_every_measure_and_knows_the_held_out(trained: Path, tmp
     table = run("evaluate", manifest, "--model", model, "--seconds", 0.5).stdout.splitlines()
     assert table[0].split()[:3] == ["n", "accuracy", "EER"]
     assert [line.split()[0] for line in table[1:]] == ["all", "0.5s"]
+    stranger = tmp_path / "s.jsonl"
+    stranger.write_text(json.dumps({"path": str(trained / "low-0-0.wav"), "label": "klingon"}) + "\n")
     with pytest.raises(InputError, match="has a label of the model"):
-        stranger = tmp_path / "s.jsonl"
-        stranger.write_text(json.dumps({"path": str(trained / "low-0-0.wav"), "label": "klingon"}) + "\n")
         run("evaluate", stranger, "--model", model)
 
 

@@ -219,20 +219,16 @@ def _draw(scores: Any, folder: Path) -> None:
 
 def _table(lengths: dict[str, dict[str, Any]]) -> Iterator[str]:
     """A line for each length, with value and interval of each measure."""
-    names = {
-        "accuracy": "accuracy",
-        "eer": "EER",
-        "cavg": "Cavg",
-        "min_cavg": "min Cavg",
-        "min_dcf": "minDCF",
-    }
-    yield "       n  " + "  ".join(f"{title:22}" for title in names.values())
+    names = {"accuracy": "accuracy", "eer": "EER", "cavg": "Cavg", "min_cavg": "min Cavg"}
+    names["min_dcf"] = "minDCF"
+    yield ("       n  " + "  ".join(f"{title:22}" for title in names.values())).rstrip()
     for name, measures in lengths.items():
         cells = [
             "{value:.3f} [{low:.3f} {high:.3f}]".format(**measures[key]) if measures[key] else ""
             for key in names
         ]
-        yield f"{name:4} {measures['utterances']:4}  " + "  ".join(f"{cell:22}" for cell in cells)
+        line = f"{name:4} {measures['utterances']:4}  " + "  ".join(f"{cell:22}" for cell in cells)
+        yield line.rstrip()
 
 
 @dialect.command()

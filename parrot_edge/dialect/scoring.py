@@ -129,7 +129,7 @@ def eer(scores: Scores, weights: np.ndarray | None = None) -> np.ndarray:
         total = targets.sum(axis=1, keepdims=True)
         before = np.cumsum(targets, axis=1) - targets
         # a target that counts several times is as many thresholds with the same score
-        place = np.maximum(before, np.ceil(fa * total - 1e-9))
+        place = np.maximum(before, np.ceil(fa * total - 1e-9) + 0.0)  # no -0.0
         fits = (place < before + targets) & (targets > 0)
         first = np.argmax(fits, axis=1)
         missed = np.take_along_axis(place, first[:, None], axis=1)[:, 0]
@@ -249,26 +249,40 @@ def measure(scores: Scores, log_likelihoods: np.ndarray, *, seed: int = 0) -> di
     ratios = Scores(scores.labels, detection_ratios(log_likelihoods), scores.truth, scores.speakers)
     counts = confusion(scores)
     names = [*scores.labels, "unknown"][: len(counts)]
-    few = [
-        label
-        for at, label in enumerate(scores.labels)
-        if len({who for who, truth in zip(scores.speakers, scores.truth, strict=True) if truth == at}) < 2
+    speakers = [
+        len({who for who, truth in zip(scores.speakers, scores.truth, strict=True) if truth == at})
+        for at in range(len(scores.labels))
     ]
+    fewest = max(1, min(speakers))
+    errors = {
+        "eer": eer(ratios, weights),
+        "cavg": cavg(ratios, 0.0, weights),
+        "min_cavg": min_cavg(ratios, weights),
+        "min_dcf": min_dcf(ratios, weights),
+    }
     return readable(
         {
             "utterances": len(scores.truth),
             "speakers": len(set(scores.speakers)),
             "set": "open" if scores.is_open else "closed",
-            "accuracy": accuracy(scores, weights),
-            "eer": eer(ratios, weights),
-            "cavg": cavg(ratios, 0.0, weights),
-            "min_cavg": min_cavg(ratios, weights),
-            "min_dcf": min_dcf(ratios, weights),
+            "accuracy": _with_limits(accuracy(scores, weights), 1.0, fewest),
+            **{name: _with_limits(figure, 0.0, fewest) for name, figure in errors.items()},
             "confusion": {name: counts[at].tolist() for at, name in enumerate(names)},
             "labels": list(scores.labels),
-            "labels_of_one_speaker": few,
+            "labels_of_one_speaker": [
+                label for label, count in zip(scores.labels, speakers, strict=True) if count < 2
+            ],
         }
     )
+
+
+def _with_limits(figure: np.ndarray, best: float, speakers: int) -> np.ndarray:
+    """Where nothing went wrong every resample says the same; its draws are then those of Clopper and
+    Pearson's limits (1934), with as many trials as the label of fewest speakers has."""
+    if abs(figure[0] - best) < 1e-12:
+        errors = 1 - np.linspace(0, 1, len(figure) - 1) ** (1 / speakers)
+        figure = np.concatenate([figure[:1], np.abs(best - errors)])
+    return figure
 
 
 def _or_ones(weights: np.ndarray | None, count: int) -> np.ndarray:

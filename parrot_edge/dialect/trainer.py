@@ -162,7 +162,7 @@ def _run(job: Job, folder: Path, say: Say) -> dict[str, Any]:
     weights = batches.class_weights()
     class_weights = None if weights is None else torch.from_numpy(weights).to(device)
     say(f"{count_parameters(model):,} parameters, {batches.steps} steps an epoch, on {device}")
-    (folder / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+    (folder / "recipe.yaml").write_text(dump_recipe(hide_folders(recipe)), encoding="utf-8")
 
     state = _load_checkpoint(folder, job.identity)
     best: tuple[float, float] = (math.inf, math.inf)
@@ -230,8 +230,8 @@ def _run(job: Job, folder: Path, say: Say) -> dict[str, Any]:
         )
         left = (time.monotonic() - started) / (epoch + 1 - first) * (optim.epochs - epoch - 1)
         say(
-            f"epoch {epoch + 1}/{optim.epochs}: loss {curve[-1]['loss']:.3f}, held-out EER {figures['eer']:.1%}"
-            f", accuracy {figures['accuracy']:.1%}, {left / 60:.0f} min left"
+            f"epoch {epoch + 1}/{optim.epochs}: loss {curve[-1]['loss']:.3f}, "
+            f"held-out EER {figures['eer']:.1%}, accuracy {figures['accuracy']:.1%}, {left / 60:.0f} min left"
         )
     assert best_weights is not None
     model.load_state_dict(best_weights)
@@ -359,7 +359,12 @@ def write_card(path: Path, recipe: DialectRecipe, record: dict[str, Any]) -> Non
     network = f"{recipe.network.architecture}, {record['parameters']:,} parameters"
     held_out = f"{data['held_out']:,} of {data['speakers_held_out']} other speakers held out"
     alone = measures["labels_of_one_speaker"]
-    warning = f"\nHeld out is only one speaker of: {', '.join(alone)}.\n" if alone else ""
+    warning = (
+        f"\nHeld out is only one speaker of: {', '.join(alone)}. The intervals do not know how others\n"
+        "of that dialect would fare.\n"
+        if alone
+        else ""
+    )
     text = f"""# {recipe.name}
 
 Tells {", ".join(record["labels"])} apart by their sound. Trained by `parrot dialect train` with the recipe in
@@ -368,7 +373,7 @@ Tells {", ".join(record["labels"])} apart by their sound. Trained by `parrot dia
 - network: {network}, best after epoch {record["best_epoch"]}
 - data: {data["recordings"]:,} recordings; {held_out}
 - ONNX differs from torch by at most {record["onnx_difference"]:.1e}
-{f"- licence: {recipe.license}" if recipe.license else ""}
+- licence: {recipe.license or "not said"}
 
 ## Measures
 
