@@ -25,7 +25,7 @@ from parrot_edge.recipe import (
 )
 
 FOLDER = Path(__file__).parent.parent / "recipes"
-SHIPPED = sorted(FOLDER.glob("*.yaml"))
+SHIPPED = sorted(FOLDER.glob("*.yaml"), key=lambda path: path.stem)
 COMMANDS = {"train": (["train"], train_command), "dialect": (["dialect", "train"], dialect_train)}
 
 

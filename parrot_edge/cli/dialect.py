@@ -60,6 +60,55 @@ def dialect() -> None:
 
 
 @dialect.command()
+@click.option("-o", "--output", required=True, metavar="DIR", help="Folder for sounds and manifest.jsonl.")
+@click.option(
+    "--voice",
+    "voices",
+    metavar="LABEL=VOICE",
+    multiple=True,
+    help="A label and its espeak-ng voice; may be given again.  [default: six kinds of English]",
+)
+@click.option(
+    "--speakers", type=click.IntRange(2), default=20, show_default=True, help="Timbres of each label."
+)
+@click.option(
+    "--sentences", type=click.IntRange(1), default=10, show_default=True, help="Recordings of each speaker."
+)
+@click.option(
+    "--text", metavar="FILE", help="What is said, a sentence a line.  [default: the built-in seeds]"
+)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of all random numbers.")
+def synthesize(
+    output: str, voices: tuple[str, ...], speakers: int, sentences: int, text: str | None, seed: int
+) -> None:
+    """Make a corpus to practise on with espeak-ng, which must be installed.
+
+    A model that knows only one synthesiser hears that synthesiser, not people: what is measured on such a
+    corpus says nothing of real speech.
+
+    \b
+    Examples:
+      parrot dialect synthesize -o practice
+      parrot dialect synthesize -o brazil --voice br=pt-br --voice pt=pt --text sentences.txt
+    """
+    from parrot_edge.dialect import synthesize as synthesis
+
+    chosen = dict(synthesis.ENGLISH)
+    if voices:
+        chosen = {}
+        for each in voices:
+            label, equals, voice = each.partition("=")
+            if not (label and equals and voice):
+                raise UsageError(f"--voice {each}: write LABEL=VOICE")
+            chosen[label] = voice
+    texts = [line.text().strip() for line in read_lines(text)] if text else synthesis.builtin_sentences()
+    count = synthesis.synthesize(
+        Path(output), chosen, texts, speakers=speakers, sentences=sentences, seed=seed
+    )
+    _say(f"parrot: {count} recordings, see {Path(output) / 'manifest.jsonl'}")
+
+
+@dialect.command()
 @click.argument("corpora", metavar="CORPUS...", nargs=-1, required=True)
 @_column_option
 @_on_error_option

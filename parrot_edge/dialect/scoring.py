@@ -290,9 +290,9 @@ def _or_ones(weights: np.ndarray | None, count: int) -> np.ndarray:
 
 
 def gather(
-    labels: Sequence[str], rows: Sequence[Sequence[float]], truth: Sequence[str], speakers: Sequence[str]
+    labels: Sequence[str], rows: Sequence[Any], truth: Sequence[str], speakers: Sequence[str]
 ) -> Scores:
-    """`Scores` from lists; a true label that the system does not know counts as unknown."""
+    """`Scores` from lists, a row (L,) for each utterance; a label that is not among `labels` is unknown."""
     place = {label: at for at, label in enumerate(labels)}
     found = np.array([place.get(label, -1) for label in truth], dtype=int)
     return Scores(tuple(labels), np.array(rows, dtype=float).reshape(-1, len(labels)), found, tuple(speakers))
