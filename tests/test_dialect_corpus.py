@@ -40,6 +40,12 @@ def test_sound_of_any_form_and_rate_becomes_16_khz_mono(suffix: str, rate: int, 
     assert probe(path).channels == 2
 
 
+def test_eight_channels_are_averaged(tmp_path: Path) -> None:
+    wave = make_wave("low")
+    soundfile.write(tmp_path / "a.wav", np.stack([wave] * 4 + [0 * wave] * 4, axis=1), RATE)
+    assert read_wave(tmp_path / "a.wav") == pytest.approx(wave / 2, abs=1e-4)
+
+
 def test_part_of_a_recording_is_that_part(tmp_path: Path) -> None:
     ramp = np.linspace(0, 0.9, 3 * RATE).astype(np.float32)
     write_wave(tmp_path / "a.wav", ramp)

@@ -241,6 +241,8 @@ def evaluate(
     found = [each for place in corpora for each in read_corpus(place, label_column=label_column)]
     if held_out:
         split = runtime.card.split
+        if not split:
+            raise UsageError(f"{model} held back a corpus of its own; measure on that, without --held-out")
         found = list(
             split_by_speaker(found, split["held_out"], split["seed"], sources=split["sources"]).held_out
         )

@@ -31,7 +31,8 @@ _LONGEST_FRAMES = 6000  # a minute
 class Card:
     """What a model file says of itself.
 
-    split  how recordings were held back while it was trained: share, seed and sources
+    split  how recordings were held back while it was trained: `held_out`, `seed` and `sources`; empty
+           where they came from a corpus of their own
     """
 
     name: str

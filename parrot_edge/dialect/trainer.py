@@ -280,11 +280,10 @@ def _finish(job: Job, folder: Path, model: Any, curve: list[dict[str, Any]], epo
     recipe = job.recipe
     scores = measure_held_out(model, job)
     calibration = fit_calibration(scores.matrix, scores.truth)
-    split = {
-        "held_out": recipe.data.held_out,
-        "seed": recipe.run.seed,
-        "sources": list(recipe.data.held_out_sources),
-    }
+    data = recipe.data
+    split: dict[str, Any] = {}
+    if not data.held_out_from:
+        split = {"held_out": data.held_out, "seed": recipe.run.seed, "sources": list(data.held_out_sources)}
     card = Card(recipe.name, job.labels, calibration, split)
     difference = export_onnx(model, card, folder / "model.onnx", force=True)
     saved = {"network": asdict(recipe.network), "card": card.to_json(), "weights": model.state_dict()}
