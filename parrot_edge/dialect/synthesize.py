@@ -34,7 +34,8 @@ _TIMBRES = tuple(
     """
     Alex Alicia Andrea Andy Annie Diogo Gene Hugo Jacky Lee Mario Michael Mike Nguyen adam anika antonio aunty
     belinda benjamin boris david ed edward f1 f2 f3 f4 f5 grandma grandpa iven john linda m1 m2 m3 m4 m5 m6 m7
-    m8 marcelo max michel miguel norbert pablo paul pedro quincy rob robert sandro shelby steph travis victor zac
+    m8 marcelo max michel miguel norbert pablo paul pedro quincy rob robert sandro shelby steph travis victor
+    zac
     """.split()  # noqa: SIM905
 )
 """Those of espeak-ng's variants that sound like people."""
