@@ -1,4 +1,4 @@
-"""Figures, each with the 95 % interval that a bootstrap over dialogues gives it (Efron 1979).
+"""Figures, each with the 95 % interval that a bootstrap gives it (Efron 1979), over dialogues or speakers.
 
 A figure is a float64 array (1 + RESAMPLES,): what the data says, then what each resample of it says.
 So figures are added, divided and averaged like numbers, and two of the same resampling are paired.
@@ -45,7 +45,7 @@ class Resampling:
 
     def ratio(self, members: Sequence[Member], above: Sequence[float], below: Sequence[float]) -> np.ndarray:
         """The sum of one quantity over the sum of another; a value of both for each member given."""
-        weights = self._weights_of(members)
+        weights = self.weights(members)
         with np.errstate(invalid="ignore", divide="ignore"):
             return (weights @ np.asarray(above, np.float64)) / (weights @ np.asarray(below, np.float64))
 
@@ -67,7 +67,7 @@ class Resampling:
         if not len(values):
             return np.full(1 + RESAMPLES, np.nan)
         order = np.argsort(values, kind="stable")
-        mass = np.cumsum(self._weights_of(members)[:, order], axis=1)  # (1 + RESAMPLES, N)
+        mass = np.cumsum(self.weights(members)[:, order], axis=1)  # (1 + RESAMPLES, N)
         return np.asarray(values, np.float64)[order][np.argmax(2 * mass >= mass[:, -1:], axis=1)]
 
     def auc(
@@ -75,7 +75,7 @@ class Resampling:
     ) -> np.ndarray:
         """Area under the ROC curve: how often a value of `high` is above one of `low`, ties counting
         half (Hanley and McNeil 1982); both are members with their values."""
-        upper, lower = (self._weights_of(members) for members, _ in (high, low))
+        upper, lower = (self.weights(members) for members, _ in (high, low))
         one, other = np.asarray(high[1])[:, None], np.asarray(low[1])[None, :]
         above = (one > other).astype(np.float32) + np.float32(0.5) * (one == other)  # (N, M)
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -83,7 +83,7 @@ class Resampling:
                 upper.sum(1, dtype=np.float64) * lower.sum(1, dtype=np.float64)
             )
 
-    def _weights_of(self, members: Sequence[Member]) -> np.ndarray:
+    def weights(self, members: Sequence[Member]) -> np.ndarray:
         """What each measurement counts: float32 (1 + RESAMPLES, N)."""
         return self._weights[:, [self._columns[member] for member in members]]
 

@@ -202,7 +202,147 @@ class TrainRecipe:
             raise ValueError("optim.epochs and optim.max_steps are both 0; there is nothing to do")
 
 
-KINDS: dict[str, type] = {"train": TrainRecipe}
+@dataclass(frozen=True)
+class DialectNetwork:
+    """The network that hears a dialect; see `parrot_edge.dialect.network` for its parts.
+
+    architecture    "dms": dynamic multi-scale convolution; "xvector" and "ecapa": baselines
+    channels        of the stem ("dms"), or of every layer
+    stride          of the stem in frames of 10 ms; 2 halves the work of all that follows
+    blocks          dense layers of each block
+    dilations       of each block's layers
+    growth          channels that a dense layer adds
+    bottleneck      channels within a dense layer
+    branches        dilations of the branches among which dynamic kernel convolution chooses, as factors of
+                    the block's own
+    dynamic_kernel  whether there are branches; else one convolution
+    local_scales    parts into which a branch splits its channels (local multi-scale learning); 1 is off
+    global_pooling  statistics of the stem and of every block; else of the last block alone
+    embedding       size of the embedding
+    """
+
+    architecture: Literal["dms", "xvector", "ecapa"] = "dms"
+    channels: int = _number(128, 8, 4096)
+    stride: int = _number(1, 1, 4)
+    blocks: tuple[int, ...] = (6, 12)
+    dilations: tuple[int, ...] = (1, 3)
+    growth: int = _number(64, 4, 1024)
+    bottleneck: int = _number(128, 8, 4096)
+    branches: tuple[int, ...] = (1, 2)
+    dynamic_kernel: bool = True
+    local_scales: int = _number(4, 1, 16)
+    global_pooling: bool = True
+    embedding: int = _number(256, 8, 4096)
+
+
+@dataclass(frozen=True)
+class DialectData:
+    """The recordings; see `parrot_edge.dialect.corpus` for the forms they may have.
+
+    sources           manifests, tables, folders
+    held_out_from     the same for what is measured on, in place of a share
+    held_out          share of each label that is kept back, by whole speakers
+    held_out_sources  hold back these `source`s of the manifests, in place of a share
+    label_column      the label of a Common Voice table
+    seconds           longest stretch that is trained on at once; a shorter recording is taken whole
+    min_seconds       the shortest stretch of a batch is drawn between this and `seconds`
+    bad_rows          what a recording that cannot be used does: "refuse" the run, or "skip" (and be counted)
+    cache             folder for features, or "" for the user's cache
+    """
+
+    sources: tuple[str, ...] = ()
+    held_out_from: tuple[str, ...] = ()
+    held_out: float = _number(0.2, 0.01, 0.9)
+    held_out_sources: tuple[str, ...] = ()
+    label_column: str = "accents"
+    seconds: float = _number(3.0, 0.5, 60)
+    min_seconds: float = _number(1.5, 0.3, 60)
+    bad_rows: Literal["refuse", "skip"] = "refuse"
+    cache: str = ""
+
+
+@dataclass(frozen=True)
+class DialectAugment:
+    """What is done to the sound; of each recording there are `copies` altered ones beside the clean one.
+
+    speed           factors, one of which is drawn for a copy
+    volume          most decibels up or down
+    noise           share of the copies with noise, at 5 to 25 dB
+    reverberation   share of the copies in a room
+    codec           share of the copies through a telephone or an mp3
+    masks           stretches of frequency and of time that are blanked in the features
+    """
+
+    copies: int = _number(2, 0, 20)
+    speed: tuple[float, ...] = (0.9, 1.0, 1.1)
+    volume: float = _number(6.0, 0, 30)
+    noise: float = _number(0.5, 0, 1)
+    reverberation: float = _number(0.3, 0, 1)
+    codec: float = _number(0.2, 0, 1)
+    masks: int = _number(1, 0, 10)
+
+
+@dataclass(frozen=True)
+class DialectOptim:
+    """How the network is fitted: AdamW, one cycle of the learning rate, AM-softmax (arXiv 1801.05599).
+
+    balance    what levels labels of different size: "draw" their recordings as often as others', "weigh"
+               their losses, or "none"
+    margin     of AM-softmax, reached after a quarter of the run
+    scale      of AM-softmax
+    patience   end after so many epochs without a better held-out figure
+    """
+
+    epochs: int = _number(30, 1)
+    batch_size: int = _number(32, 2)
+    learning_rate: float = _number(2e-3, 0, 1)
+    weight_decay: float = _number(0.05, 0)
+    max_grad_norm: float = _number(5.0, 0)
+    balance: Literal["draw", "weigh", "none"] = "draw"
+    margin: float = _number(0.2, 0, 0.9)
+    scale: float = _number(30.0, 1)
+    patience: int = _number(8, 1)
+
+
+@dataclass(frozen=True)
+class DialectRun:
+    """The run around it; `threads` 0 leaves the choice to torch."""
+
+    seed: int = _number(0, 0, 2**32 - 1)
+    device: Literal["auto", "gpu", "cpu"] = "auto"
+    threads: int = _number(0, 0)
+
+
+@dataclass(frozen=True)
+class DialectRecipe:
+    """A network that tells dialects apart: `kind: dialect`."""
+
+    kind: str = "dialect"
+    name: str = ""
+    license: str = ""
+    network: DialectNetwork = field(default_factory=DialectNetwork)
+    data: DialectData = field(default_factory=DialectData)
+    augment: DialectAugment = field(default_factory=DialectAugment)
+    optim: DialectOptim = field(default_factory=DialectOptim)
+    run: DialectRun = field(default_factory=DialectRun)
+
+    def __post_init__(self) -> None:
+        net, data = self.network, self.data
+        if not net.blocks or len(net.blocks) != len(net.dilations):
+            raise ValueError("network.blocks and network.dilations must name the same number of blocks")
+        if min((*net.blocks, *net.dilations, *net.branches), default=0) < 1:
+            raise ValueError("network.blocks, dilations and branches must be 1 or more")
+        if net.growth % net.local_scales or net.bottleneck % net.local_scales:
+            raise ValueError(f"network.local_scales {net.local_scales} must divide growth and bottleneck")
+        if data.min_seconds > data.seconds:
+            raise ValueError("data.min_seconds is more than data.seconds")
+        if data.held_out_from and data.held_out_sources:
+            raise ValueError("data.held_out_from and data.held_out_sources exclude each other")
+        if not all(0.5 <= factor <= 2 for factor in self.augment.speed) or not self.augment.speed:
+            raise ValueError("augment.speed takes factors of 0.5 to 2")
+
+
+KINDS: dict[str, type] = {"train": TrainRecipe, "dialect": DialectRecipe}
 """The dataclass behind each value of `kind`."""
 
 
@@ -376,9 +516,12 @@ def _convert(key: str, value: Any, hint: Any, item: Any) -> Any:
             raise ValueError(f"{key} is {value!r}; use one of {', '.join(map(str, typing.get_args(hint)))}")
         return value
     if typing.get_origin(hint) is tuple:
+        kind = typing.get_args(hint)[0]
         parts = value.split(",") if isinstance(value, str) else value
-        if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
-            raise ValueError(f"{key} is {value!r}; it takes a list of texts")
+        if not isinstance(parts, list) or (kind is str and not all(isinstance(part, str) for part in parts)):
+            raise ValueError(f"{key} is {value!r}; it takes a list of {_LIST_NAMES[kind]}")
+        if kind is not str:
+            return tuple(_number_of(key, part, kind) for part in parts)
         return tuple(part.strip() for part in parts if part.strip())
     if hint in (int, float):
         value = _number_of(key, value, hint)
@@ -394,6 +537,7 @@ def _convert(key: str, value: Any, hint: Any, item: Any) -> Any:
     return value
 
 
+_LIST_NAMES = {str: "texts", int: "whole numbers", float: "numbers"}
 _TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
 

@@ -10,6 +10,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
+from parrot_edge.cli.dialect import train as dialect_train
 from parrot_edge.cli.recipes import recipes as recipes_command
 from parrot_edge.cli.train import train as train_command
 from parrot_edge.errors import InputError, OutputError, ParrotError, UsageError
@@ -24,7 +25,8 @@ from parrot_edge.recipe import (
 )
 
 FOLDER = Path(__file__).parent.parent / "recipes"
-SHIPPED = sorted(FOLDER.glob("*.yaml"))
+SHIPPED = sorted(FOLDER.glob("*.yaml"), key=lambda path: path.stem)
+COMMANDS = {"train": (["train"], train_command), "dialect": (["dialect", "train"], dialect_train)}
 
 
 def write(folder: Path, text: str) -> Path:
@@ -45,8 +47,9 @@ def test_shipped_recipe_loads_and_starts_with_its_command(path: Path) -> None:
     assert recipe.name == path.stem
     assert file.summary.endswith(".")
     words = file.command.split()
-    assert words[:3] == ["parrot", recipe.kind, path.stem]
-    with train_command.make_context("train", words[2:]) as context:  # the options exist
+    verb, command = COMMANDS[recipe.kind]
+    assert words[: 2 + len(verb)] == ["parrot", *verb, path.stem]
+    with command.make_context("train", words[1 + len(verb) :]) as context:  # the options exist
         assert context.params["recipe"] == path.stem
 
 
@@ -115,9 +118,14 @@ def test_wrong_override_is_named(override: str, said: str) -> None:
         ("kind: train\nrole: ask\nlora: {rank: 8, rank: 9}\n", "rank stands twice"),
         ("kind: train\nrole: teacher\n", "role is 'teacher'; use one of ask, chat"),
         ("kind: train\n", "role is missing"),
-        ("kind: trian\nrole: ask\n", "kind is 'trian'; use one of train"),
+        ("kind: trian\nrole: ask\n", "kind is 'trian'; use one of train, dialect"),
         ("kind: train\nrole: ask\nobjective: dpo\n", "its role is 'chat'"),
         ("kind: [\n", "is not YAML in line"),
+        ("kind: dialect\nnetwork: {blocks: [3, x]}\n", "network.blocks is 'x'; it takes a whole number"),
+        ("kind: dialect\nnetwork: {blocks: 3}\n", "it takes a list of whole numbers"),
+        ("kind: dialect\nnetwork: {blocks: [3]}\n", "the same number of blocks"),
+        ("kind: dialect\nnetwork: {local_scales: 5}\n", "must divide"),
+        ("kind: dialect\naugment: {speed: [9]}\n", "factors of 0.5 to 2"),
         ("- a\n", "holds no keys"),
         ("", "holds no keys"),
         ("kind: train\nrole: ask\noptim: {epochs: 0}\n", "nothing to do"),

@@ -25,6 +25,7 @@ VERBS = {
     "stats": "Describe dialogues by the measures that papers compare such data by.",
     "curate": "Keep the dialogues that are worth training on; the others go aside, each with its reason.",
     "view": "Make one HTML page of dialogues, to read, search and filter them.",
+    "dialect": "Tell spoken dialects apart: train on recordings, measure, export, identify.",
     "recipes": "List, show, copy and check training recipes.",
     "models": "List models, fetch them, and name them.",
     "doctor": (
