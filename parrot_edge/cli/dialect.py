@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from parrot_edge.cli import options
 from parrot_edge.errors import InputError, UsageError
 from parrot_edge.jsonl import Writer, read_lines
 from parrot_edge.recipe import DialectRecipe, load_recipe
@@ -27,9 +28,6 @@ _on_error_option = click.option(
     default="stop",
     show_default=True,
     help="At a bad recording: stop, or say so and go on.",
-)
-_output_option = click.option(
-    "-o", "--output", default="-", metavar="FILE", help="Where rows go; - is stdout.  [default: -]"
 )
 _column_option = click.option(
     "--label-column",
@@ -306,7 +304,7 @@ def export(run: str, output: str, force: bool) -> None:
 @dialect.command()
 @click.argument("files", metavar="[WAV...|-]", nargs=-1)
 @_model_option
-@_output_option
+@options.output_option
 @click.option("--force", is_flag=True, help="Replace an existing output.")
 @click.option(
     "--window",
