@@ -301,6 +301,14 @@ def test_local_path_missing_licence_and_wrong_role_are_caught(tiny: Tiny) -> Non
     assert "/home/me" in folder
 
 
+def test_matrices_of_another_type_are_noted(tiny: Tiny, good: Certificate) -> None:
+    quantize(tiny.folder / "good.gguf", tiny.folder / "small.gguf", "Q4_K_M", threads=1)
+    [file] = tiny.certify(tiny.folder / "small.gguf").report["files"]
+    assert any(
+        note.startswith("In small.gguf, ") and "do not divide by the 256" in note for note in file["notes"]
+    )
+
+
 def test_one_bad_file_does_not_hide_the_others(tiny: Tiny, good: Certificate) -> None:
     missing = LocalModel("missing.gguf", tiny.folder / "missing.gguf")
     right = LocalModel("good.gguf", tiny.folder / "good.gguf")

@@ -26,6 +26,7 @@ import numpy as np
 import parrot_edge
 from parrot_edge.convert.diagnose import Evidence, find_cause, log_softmax
 from parrot_edge.convert.files import BASE_SHA256_KEY, GgufFile, import_gguf, read_gguf
+from parrot_edge.convert.quantize import note_fallbacks
 from parrot_edge.convert.reference import DIALOGUE_END, TURN_END, Passage, Reference, Text
 from parrot_edge.engine.base import INVOCATION_KEY, Request
 from parrot_edge.engine.likelihood import Likelihood
@@ -229,6 +230,8 @@ class _Examination:
             "sha256": sha256_of(path),
             "adapter": None,
         }
+        if note := note_fallbacks(file, self._type):
+            self._notes.append(f"In {self._name}, {note}.")
         self._examine_vocabulary(file)
         metadata = [(path, file)]
         if adapter is not None:
