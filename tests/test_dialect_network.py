@@ -10,7 +10,9 @@ from torch import nn
 
 from parrot_edge.dialect.layers import SplitConv, am_softmax, statistics
 from parrot_edge.dialect.network import DynamicKernel, build_network, count_parameters
-from parrot_edge.recipe import DialectNetwork
+from parrot_edge.recipe import DialectNetwork, DialectRecipe, list_recipes, load_recipe
+
+SHIPPED = [recipe.name for recipe in list_recipes() if isinstance(load_recipe(recipe.name), DialectRecipe)]
 
 TINY = DialectNetwork(
     channels=16, blocks=(2, 2), dilations=(1, 3), growth=8, bottleneck=16, local_scales=4, embedding=12
@@ -26,6 +28,27 @@ def test_any_length_becomes_an_embedding_and_cosines(architecture: str, frames: 
     assert embedding.shape == (2, 12)
     assert cosines.shape == (2, 3)
     assert (cosines.abs() <= 1).all()
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_network_of_every_shipped_recipe_learns_from_a_step(name: str) -> None:
+    torch.manual_seed(0)
+    model = build_network(load_recipe(name).network, 3).train()
+    features, labels = torch.randn(4, 60, 80), torch.tensor([0, 1, 2, 0])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    losses = []
+    for _ in range(3):
+        loss = nn.functional.cross_entropy(10 * model(features)[1], labels)
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(parameter.grad is not None for parameter in model.parameters())
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+
+def test_there_are_dialect_recipes() -> None:
+    assert len(SHIPPED) >= 7
 
 
 def kinds(options: DialectNetwork) -> set[str]:
