@@ -22,11 +22,12 @@ from parrot_edge.dialect.corpus import (
 from parrot_edge.errors import InputError, UsageError
 
 
-@pytest.mark.parametrize("suffix", ["wav", "flac", "ogg", "mp3"])
-@pytest.mark.parametrize("rate", [8000, 16000, 44100, 192000])
+FORMS = [(suffix, rate) for suffix in ("wav", "flac", "ogg", "mp3") for rate in (8000, 16000, 44100, 192000)]
+FORMS.remove(("mp3", 192000))  # a rate that mp3 does not have
+
+
+@pytest.mark.parametrize(("suffix", "rate"), FORMS)
 def test_sound_of_any_form_and_rate_becomes_16_khz_mono(suffix: str, rate: int, tmp_path: Path) -> None:
-    if rate == 192000 and suffix == "mp3":
-        pytest.skip("mp3 has no such rate")
     time = np.arange(rate) / rate
     stereo = np.stack([0.5 * np.sin(2 * np.pi * 440 * time), np.zeros(rate)], axis=1)
     path = tmp_path / f"a.{suffix}"
