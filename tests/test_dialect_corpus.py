@@ -21,7 +21,6 @@ from parrot_edge.dialect.corpus import (
 )
 from parrot_edge.errors import InputError, UsageError
 
-
 FORMS = [(suffix, rate) for suffix in ("wav", "flac", "ogg", "mp3") for rate in (8000, 16000, 44100, 192000)]
 FORMS.remove(("mp3", 192000))  # a rate that mp3 does not have
 
