@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 MAX_THREADS = 16
@@ -68,6 +69,14 @@ def inspect_machine(root: Path = Path("/")) -> Machine:
         memory_available=available,
         load=_load(),
     )
+
+
+def installed_version(package: str) -> str:
+    """The version of an installed Python package, or "" where it is missing."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
 
 
 def choose_threads(machine: Machine | None = None) -> Advice:

@@ -139,7 +139,7 @@ def _tell(utterance: Any, error: InputError) -> None:
 
 @dialect.command()
 @click.argument("recipe", metavar="RECIPE")
-@click.option("--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Change a value of the recipe.")
+@options.set_option
 @click.option(
     "--data",
     "sources",

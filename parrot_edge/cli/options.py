@@ -44,6 +44,9 @@ def stack(*decorators: Callable[[_Command], _Command]) -> Callable[[_Command], _
 output_option = click.option(
     "-o", "--output", default="-", metavar="FILE", help="Where rows go; - is stdout.  [default: -]"
 )
+set_option = click.option(
+    "--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Change a value of the recipe."
+)
 skip_option = click.option(
     "--on-error",
     type=click.Choice(["stop", "skip"]),

@@ -7,13 +7,14 @@ from dataclasses import asdict, replace
 
 import click
 
+from parrot_edge.cli import options
 from parrot_edge.errors import UsageError
 from parrot_edge.recipe import TrainRecipe, load_recipe
 
 
 @click.command()
 @click.argument("recipe", metavar="RECIPE")
-@click.option("--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Change a value of the recipe.")
+@options.set_option
 @click.option(
     "--data",
     "sources",

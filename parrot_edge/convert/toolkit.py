@@ -19,11 +19,11 @@ import sys
 import tarfile
 import tempfile
 from collections.abc import Iterator, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from parrot_edge.convert.files import Metadata, read_gguf
 from parrot_edge.errors import ModelError, OutputError, UsageError
+from parrot_edge.machine import installed_version
 from parrot_edge.store import cache_dir, lock, refuse_existing, sha256_of
 
 VERSION = "0.3.36"
@@ -141,7 +141,7 @@ def _run(
     force: bool,
 ) -> None:
     refuse_existing(target, force=force)
-    missing = [name for name in ("torch", "transformers", "safetensors") if not _is_installed(name)]
+    missing = [name for name in ("torch", "transformers", "safetensors") if not installed_version(name)]
     if missing:
         raise UsageError(f"converting needs {', '.join(missing)}; run pip install 'parrot-edge[train]'")
     toolkit = find_toolkit()
@@ -215,13 +215,6 @@ def _explain(code: int, said: str) -> str:
         return "llama.cpp does not know how its tokenizer splits text; take a base whose tokenizer it knows"
     last = re.sub(r"^(ERROR:[\w-]+:|[\w.]*(Error|Exception): )", "", last)
     return last[:300] or "it gave no reason"
-
-
-def _is_installed(name: str) -> bool:
-    try:
-        return bool(version(name))
-    except PackageNotFoundError:
-        return False
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +36,7 @@ from parrot_edge.dialect.runtime import Card
 from parrot_edge.dialect.scoring import Scores, accuracy, eer, gather, measure, min_cavg
 from parrot_edge.errors import ModelError, OutputError, UsageError
 from parrot_edge.jsonl import encode, read_lines
+from parrot_edge.machine import installed_version
 from parrot_edge.recipe import DialectAugment, DialectRecipe, dump_recipe
 from parrot_edge.store import read_json, write_json
 
@@ -83,7 +83,7 @@ def train(
         say(f"{folder} is finished already")
         return done
     require_audio()
-    missing = [name for name in LIBRARIES if not _version(name)]
+    missing = [name for name in LIBRARIES if not installed_version(name)]
     if missing:
         raise UsageError(f"training needs {', '.join(missing)}; run pip install 'parrot-edge[train,dialect]'")
     job = prepare(recipe, say=say)
@@ -307,7 +307,7 @@ def _finish(job: Job, folder: Path, model: Any, curve: list[dict[str, Any]], epo
         "versions": {
             "parrot_edge": parrot_edge.__version__,
             "python": ".".join(map(str, sys.version_info[:3])),
-            **{name: _version(name) for name in LIBRARIES},
+            **{name: installed_version(name) for name in LIBRARIES},
         },
     }
     (folder / "curve.jsonl").write_bytes(b"".join(map(encode, curve)))
@@ -444,10 +444,3 @@ def _save(path: Path, value: dict[str, Any]) -> None:
     partial = path.with_name(path.name + ".partial")
     torch.save(value, partial)
     os.replace(partial, path)
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return ""

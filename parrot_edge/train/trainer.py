@@ -13,12 +13,12 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import parrot_edge
 from parrot_edge.errors import ModelError, UsageError
+from parrot_edge.machine import installed_version
 from parrot_edge.recipe import TrainRecipe
 from parrot_edge.train.base import Base, load_config, load_model, load_tokenizer, one_sentence
 from parrot_edge.train.data import LEARNED, Corpus, Row, batch_rows, build_corpus, build_pairs, sample_rows
@@ -297,14 +297,14 @@ def _describe(job: Job) -> dict[str, Any]:
         "versions": {
             "parrot_edge": parrot_edge.__version__,
             "python": ".".join(map(str, sys.version_info[:3])),
-            **{name: _version(name) for name in LIBRARIES},
+            **{name: installed_version(name) for name in LIBRARIES},
         },
     }
 
 
 def choose_device(recipe: TrainRecipe) -> tuple[Any, Any, int]:
     """Device, dtype and number of processes; raises `ModelError` where the recipe's GPU is missing."""
-    missing = [name for name in LIBRARIES if not _version(name)]
+    missing = [name for name in LIBRARIES if not installed_version(name)]
     if missing:
         raise UsageError(f"training needs {', '.join(missing)}; run pip install 'parrot-edge[train]'")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read with the first product on a GPU
@@ -343,13 +343,6 @@ def _keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(trim_threshold, most)
         libc.mallopt(mmap_threshold, 2**30)
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return ""
 
 
 def _count_tokens(pair: Any, *, learned: bool = False) -> int:
