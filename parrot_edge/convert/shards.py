@@ -38,5 +38,6 @@ def rewrite_shard(source: Path, target: Path, change: Callable[[str, Any], Any],
         text += b" " * (-len(text) % 8)  # the numbers are to be aligned
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
-            tensor = change(name, content.get_tensor(name))
-            file.write(tensor.contiguous().flatten().view(torch.uint8).numpy())
+            tensor = change(name, content.get_tensor(name)).contiguous()
+            file.write(tensor.flatten().view(torch.uint8).numpy())
+            del tensor  # not to be held beside the next one
