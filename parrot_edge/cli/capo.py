@@ -147,7 +147,7 @@ async def _make_pairs(
 def _tell(tally: PairTally, source: str) -> None:
     """What was found and made, in a line on stderr."""
     if not tally.dialogues + tally.skipped:
-        click.echo(f"parrot: {source} holds no dialogue", err=True)
+        click.echo(f"parrot: {'the input' if source == '-' else source} holds no dialogue", err=True)
         return
     pairs = ", ".join(f"{count} {kind}" for kind, count in tally.as_dict()["pairs"].items())
     dropped = ", ".join(f"{count} {reason}" for reason, count in tally.as_dict()["dropped"].items())
