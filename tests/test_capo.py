@@ -419,10 +419,14 @@ def test_dpo_learns_from_the_pairs_and_no_dialogue_is_on_both_sides(tmp_path: Pa
         [f"base.name={make_base(tmp_path / 'base')}", f"data.sources={tmp_path / 'pairs.jsonl'}",
          "data.max_length=256", "data.held_out=0.25", "base.dtype=float32", "optim.learning_rate=1e-2"],
     )  # fmt: skip
-    _, split = build_pairs(small.data, make_tokenizer())
-    openings = {side: {tuple(pair["prompt_ids"][:40]) for pair in found} for side, found in split.items()}
-    assert min(map(len, openings.values())) > 0
-    assert len(openings["train"]) + len(openings["held_out"]) == 16
+    tokenizer = make_tokenizer()
+    _, split = build_pairs(small.data, tokenizer)
+
+    def openings(side: str) -> set[str]:
+        return {tokenizer.decode(pair["prompt_ids"]).split("user\n")[1] for pair in split[side]}
+
+    assert min(len(openings("train")), len(openings("held_out"))) > 0
+    assert len(openings("train")) + len(openings("held_out")) == 16
     assert {len(found) % 4 for found in split.values()} == {0}
     record = train(small, tmp_path / "out")
     measures, name = record["measures"], "held-out preference accuracy"
