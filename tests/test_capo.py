@@ -19,7 +19,7 @@ from parrot_edge.engine.base import Reply, Request
 from parrot_edge.engine.scripted import ScriptedEngine
 from parrot_edge.errors import EndpointError, UsageError
 from parrot_edge.preferences import PairSettings, PairTally, make_pairs, with_others
-from parrot_edge.roles import Speaker
+from parrot_edge.roles import ATTEMPTS, Speaker
 from parrot_edge.simulate import RowsOnly
 
 BRIDGE = ["who built the old bridge?", "A monk did, in 1340.", "and how long did it take him?", "Nine years."]
@@ -101,6 +101,13 @@ def test_engine_that_only_answers_is_told_to_make_something_up() -> None:
     (row,), _ = run(engine, dialogue("a", *BRIDGE), kinds=("hallucination",))
     assert BRIDGE[2] in engine.history[1].messages[-1].content
     assert row["rejected_prompt"] == [{"role": "user", "content": f"About a tower.\n\n{BRIDGE[2]}"}]
+
+
+def test_message_about_which_nothing_is_made_up_gives_no_pair() -> None:
+    engine = ScriptedEngine(lambda request: "" if request.next_role == "user" else "Nine years.")
+    _, tally = run(engine, dialogue("a", *BRIDGE), kinds=("hallucination",))
+    assert dict(tally.dropped) == {"no subject": 1}
+    assert len({request.seed for request in engine.history}) == 1 + ATTEMPTS
 
 
 def test_row_is_a_pair_as_trl_reads_it() -> None:
