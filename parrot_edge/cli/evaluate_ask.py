@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from parrot_edge.cli import options
-from parrot_edge.cli.table import align_columns, format_figure
+from parrot_edge.cli.table import Rows, align_columns, dig, list_figures
 from parrot_edge.intake import Intake
 from parrot_edge.models import parse_model
 from parrot_edge.seeds import builtin_path
@@ -32,19 +32,8 @@ from parrot_edge.seeds import builtin_path
     multiple=True,
     help="How a MODEL without one is prompted; may be given again.  [default: as its file says]",
 )
-@click.option(
-    "--held-out",
-    type=click.FloatRange(0, 1, min_open=True),
-    default=1.0,
-    metavar="SHARE",
-    help="Only what a recipe with data.held_out=SHARE keeps back.",
-)
-@click.option(
-    "--limit",
-    type=click.IntRange(1),
-    metavar="N",
-    help="N dialogues of each file, drawn by --seed; the branches of a tree count as one.",
-)
+@options.held_out_option
+@options.dialogue_limit_option
 @options.skip_option
 @click.option(
     "--points",
@@ -153,19 +142,15 @@ _TURNS = {
 _SIMULATION = {"wrong_role": "messages in the wrong role", "turns": "turns"}
 
 
-_Rows = list[tuple[str, tuple[str, ...]]]
-"""Titles of rows, and where a system's report has the figure."""
-
-
-def _sections(report: dict[str, Any]) -> Iterator[tuple[str, _Rows]]:
+def _sections(report: dict[str, Any]) -> Iterator[tuple[str, Rows]]:
     """The table's sections, each with its title."""
     names = [source["name"] for source in report["data"]]
     reasons = dict.fromkeys(
-        reason for each in report["systems"] for reason in _dig(each, "simulation", "stop_reasons")
+        reason for each in report["systems"] for reason in dig(each, "simulation", "stop_reasons")
     )
 
-    def by_source(*path: str, key: tuple[str, ...] = ()) -> _Rows:
-        rows: _Rows = [(name, (*path, "sources", name, *key)) for name in names]
+    def by_source(*path: str, key: tuple[str, ...] = ()) -> Rows:
+        rows: Rows = [(name, (*path, "sources", name, *key)) for name in names]
         return [*rows, ("mean of the files", (*path, "mean", *key))]
 
     for key, title in _PERPLEXITY.items():
@@ -173,8 +158,8 @@ def _sections(report: dict[str, Any]) -> Iterator[tuple[str, _Rows]]:
     yield "Per token, below the first", by_source("perplexity", "below_first")
     yield "Probability of an end", [(title, ("ending", "mean", key)) for key, title in _ENDING.items()]
     yield "Turns in people's place", [(title, ("turns", key)) for key, title in _TURNS.items()]
-    simulated: _Rows = [(title, ("simulation", key)) for key, title in _SIMULATION.items()]
-    ends: _Rows = [(f"ended by {reason}", ("simulation", "stop_reasons", reason)) for reason in reasons]
+    simulated: Rows = [(title, ("simulation", key)) for key, title in _SIMULATION.items()]
+    ends: Rows = [(f"ended by {reason}", ("simulation", "stop_reasons", reason)) for reason in reasons]
     yield "Simulated dialogues", simulated + ends
 
 
@@ -184,15 +169,4 @@ def _table(report: dict[str, Any]) -> list[str]:
     names = [column["model"][-26:] for column in columns]
     prompts = [f"@{column['prompt']}"[:26] if column["prompt"] else "" for column in columns]
     lines = [["", *names], ["", *prompts]]
-    for section, rows in _sections(report):
-        cells = {title: [format_figure(_dig(column, *path)) for column in columns] for title, path in rows}
-        known = [[f"  {title}", *row] for title, row in cells.items() if any(row)]
-        lines += [[section], *known] if known else []
-    return align_columns(lines)
-
-
-def _dig(tree: Any, *path: str) -> Any:
-    """What lies at a path; an empty dictionary where there is nothing."""
-    for key in path:
-        tree = tree.get(key) or {}
-    return tree
+    return align_columns([*lines, *list_figures(_sections(report), columns)])
