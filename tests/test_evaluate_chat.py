@@ -132,6 +132,12 @@ def test_all_histories_are_measured_on_the_same_tokens_also_of_a_long_answer(lik
     assert all(score.all == pytest.approx(score.alone, rel=0.05) for score in scores)
 
 
+def test_an_endless_system_message_leaves_room_for_the_rest(likelihood):
+    said = (Message("system", "be kind " * 500), Message("user", "word " * 500))
+    scores = history.score_answers(likelihood, [Answer(("s", "a"), 0, said, "Yes.")])
+    assert scores[0].tokens == 3
+
+
 def test_each_dialogue_gets_the_history_of_another_group():
     def answer(dialogue, group, number):
         turns = [Message(("user", "assistant")[at % 2], f"{dialogue} {at}") for at in range(2 * number - 1)]

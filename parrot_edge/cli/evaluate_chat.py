@@ -61,7 +61,7 @@ from parrot_edge.models import parse_model
     default=2048,
     show_default=True,
     metavar="TOKENS",
-    help="Longest text; of a longer history the latest turns are kept.",
+    help="Longest text of --data and probes; of a longer history the latest turns are kept.",
 )
 @click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: see parrot doctor]")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of all random numbers.")
