@@ -80,11 +80,11 @@ def chat(models: tuple[str, ...], paths: tuple[str, ...], as_json: bool, **given
     Examples:
       parrot evaluate chat smollm2 smollm2+chat.gguf --data held-out.jsonl
       parrot evaluate chat chat --data dialogues.jsonl --held-out 0.05 --probes 0 --json
-      parrot evaluate chat old.gguf new.gguf --questions question.jsonl --judge http://localhost:8080/v1 \\
-        --answers answers.jsonl --plots plots
+      parrot evaluate chat old.gguf new.gguf --questions question.jsonl --judge judge.gguf --plots plots
     """
     from parrot_edge.evaluate import chat as measures  # loads llama.cpp
     from parrot_edge.evaluate.benchmark import AnswerFile, read_questions
+    from parrot_edge.evaluate.curves import draw_curves, refuse_existing_curves
     from parrot_edge.evaluate.sources import read_source
 
     if not (paths or given["probes"] or given["questions"]):
@@ -95,6 +95,10 @@ def chat(models: tuple[str, ...], paths: tuple[str, ...], as_json: bool, **given
         raise UsageError("--judge and --answers need --questions")
     if given["force"] and not given["plots"]:
         raise UsageError("--force needs --plots")
+    if given["questions"] and given["answers"]:
+        options.refuse_same_file(given["questions"], given["answers"])
+    if given["plots"]:
+        refuse_existing_curves(Path(given["plots"]), force=given["force"])
     which = {"held_out": given["held_out"], "limit": given["limit"], "seed": given["seed"]}
     sources = [read_source(path, **which, skip=given["on_error"] == "skip") for path in paths]
     names = ("probes", "context", "parallel", "threads", "seed")
@@ -104,14 +108,13 @@ def chat(models: tuple[str, ...], paths: tuple[str, ...], as_json: bool, **given
     with contextlib.ExitStack() as stack:
         benchmark = None
         if given["questions"]:
-            kept = None
+            questions, kept = read_questions(given["questions"]), None
             if given["answers"]:
                 kept = stack.enter_context(contextlib.closing(AnswerFile(Path(given["answers"]))))
                 advice = (
                     f"the answers in {given['answers']} are whole, and the same command goes on from there"
                 )
             judge = parse_model(given["judge"]) if given["judge"] else None
-            questions = read_questions(given["questions"])
             benchmark = measures.Benchmark(questions, judge, kept, given["max_tokens"])
         line = stack.enter_context(StepLine(given["progress"]))
         report = options.run_interruptibly(
@@ -121,15 +124,10 @@ def chat(models: tuple[str, ...], paths: tuple[str, ...], as_json: bool, **given
             advice,
         )
     _say_failures(report)
+    click.echo(json.dumps(report, ensure_ascii=False) if as_json else "\n".join(_table(report)))
     if given["plots"]:
-        from parrot_edge.evaluate.curves import draw_curves
-
         for drawn in draw_curves(report, Path(given["plots"]), force=given["force"]):
             click.echo(f"parrot: drew {drawn}", err=True)
-    if as_json:
-        click.echo(json.dumps(report, ensure_ascii=False))
-        return
-    click.echo("\n".join(_table(report)))
 
 
 def _say_failures(report: dict[str, Any]) -> None:
@@ -137,7 +135,8 @@ def _say_failures(report: dict[str, Any]) -> None:
     for each in report["models"]:
         benchmark = each["benchmark"] or {}
         if count := benchmark.get("unanswered"):
-            click.echo(f"parrot: {each['model']} had no answer to {count} turns, each graded 1", err=True)
+            graded = ", each graded 1" if benchmark["grades"] else ""
+            click.echo(f"parrot: {each['model']} had no answer to {count} turns{graded}", err=True)
         for key, done, what in (
             ("grades", "graded", "answers"),
             ("against_first", "compared", "comparisons"),

@@ -105,6 +105,13 @@ class AnswerFile:
     def __init__(self, path: Path) -> None:
         self._rows: dict[tuple[int | str, str], tuple[Line, list[str], str | None]] = {}
         self._file = Appender(path)
+        try:
+            self._read(path)
+        except InputError:
+            self._file.close()
+            raise
+
+    def _read(self, path: Path) -> None:
         for line in read_lines(path):
             row = line.row()
             try:

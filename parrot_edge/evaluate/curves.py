@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from parrot_edge.data.plots import save_plots
+from parrot_edge.store import refuse_existing
 
 _CURVES: dict[str, tuple[str, tuple[str, ...], str | None]] = {
     "perplexity": (
@@ -29,6 +30,12 @@ _CURVES: dict[str, tuple[str, tuple[str, ...], str | None]] = {
     ),
 }
 """Name of the file: its title, where a model's report has the figures by turn, and the key of each."""
+
+
+def refuse_existing_curves(folder: Path, *, force: bool) -> None:
+    """Raise `OutputError` where a curve is there already, before anything is measured for it."""
+    for name in _CURVES:
+        refuse_existing(folder / f"{name}.svg", force=force)
 
 
 def draw_curves(report: dict[str, Any], folder: Path, *, force: bool = False) -> list[Path]:
