@@ -24,6 +24,7 @@ VERBS = {
     "evaluate": "Measure how much Ask is like the people it plays.",
     "stats": "Describe dialogues by the measures that papers compare such data by.",
     "curate": "Keep the dialogues that are worth training on; the others go aside, each with its reason.",
+    "card": "Write the card of a file of dialogues: statistics, models, licences; hand it out on the hub.",
     "view": "Make one HTML page of dialogues, to read, search and filter them.",
     "dialect": "Tell spoken dialects apart: train on recordings, measure, export, identify.",
     "recipes": "List, show, copy and check training recipes.",
