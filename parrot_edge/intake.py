@@ -28,10 +28,11 @@ from parrot_edge.jsonl import Line, Writer, read_lines
 class Intake:
     """Seeds of a file or of stdin (`-`).
 
-    text     take a line that is no JSON object as a prompt
-    limit    stop after so many seeds
-    waiting  "user" or "assistant": whose message a dialogue without a stop reason must be waiting for
-    rejects  where bad lines go; without it the first one raises `InputError`
+    text          take a line that is no JSON object as a prompt
+    limit         stop after so many seeds
+    waiting       "user" or "assistant": whose message a dialogue without a stop reason must be waiting for
+    rejects       where bad lines go; without it the first one raises `InputError`
+    may_be_empty  whether an input without a line holds no seeds, rather than raising `InputError`
     """
 
     path: str = "-"
@@ -39,11 +40,13 @@ class Intake:
     limit: int | None = None
     waiting: str | None = None
     rejects: Rejects | None = None
+    may_be_empty: bool = False
 
     def count(self) -> int | None:
         """How many seeds there are, all of them checked, or None for a pipe.
 
-        Raises `InputError` for the first bad line unless rejects are taken, and where there is no line.
+        Raises `InputError` for the first bad line unless rejects are taken, and where there is no line
+        but should be.
         """
         if not self._can_be_read_twice():
             return None
@@ -89,7 +92,7 @@ class Intake:
                     continue
                 seen[seed.id] = line.number
                 yield seed
-            if empty:
+            if empty and not self.may_be_empty:
                 source = "<stdin>" if self.path == "-" else self.path
                 raise InputError("holds no rows; one JSON object per line is expected", source=source)
 

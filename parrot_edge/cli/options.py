@@ -26,7 +26,7 @@ from parrot_edge.roles import Speaker
 _T = TypeVar("_T")
 _Command = Callable[..., Any]
 
-_ROW_TURNS = 8
+ROW_TURNS = 8
 """Turns for which the dialogues of a pipe get memory; --context says otherwise."""
 
 
@@ -54,8 +54,7 @@ skip_option = click.option(
     show_default=True,
     help="At a bad row: stop, or leave it out.",
 )
-rows_options = stack(
-    click.option("--text", is_flag=True, help="Take a line that is not a JSON object as a prompt."),
+dialogues_options = stack(
     click.option("--limit", type=click.IntRange(1), metavar="N", help="Stop after N rows of the input."),
     click.option(
         "--on-error",
@@ -65,6 +64,10 @@ rows_options = stack(
         help="At a bad row: stop, or put it into the rejects file and go on.",
     ),
     click.option("--rejects", metavar="FILE", help="The rejects file.  [default: OUT.rejects.jsonl]"),
+)
+rows_options = stack(
+    click.option("--text", is_flag=True, help="Take a line that is not a JSON object as a prompt."),
+    dialogues_options,
 )
 sampling_options = stack(
     click.option(
@@ -166,7 +169,14 @@ async def open_engine(model: LocalModel | RemoteModel, **load: Any) -> AsyncIter
         yield engine
 
 
-def open_intake(source: str, given: dict[str, Any], *, replace: bool, waiting: str | None = None) -> Intake:
+def open_intake(
+    source: str,
+    given: dict[str, Any],
+    *,
+    replace: bool,
+    waiting: str | None = None,
+    may_be_empty: bool = False,
+) -> Intake:
     """What is read, and with `--on-error skip` the rejects file, which `replace` replaces."""
     output, rejects = given["output"], None
     path = given["rejects"] or ("rejects.jsonl" if output == "-" else f"{output}.rejects.jsonl")
@@ -178,7 +188,7 @@ def open_intake(source: str, given: dict[str, Any], *, replace: bool, waiting: s
         if os.path.abspath(path) == os.path.abspath(output):
             raise UsageError(f"-o and --rejects both name {path}; give them different names")
         rejects = Rejects(Path(path), replace=replace)
-    return Intake(source, given["text"], given["limit"], waiting, rejects)
+    return Intake(source, given.get("text", False), given["limit"], waiting, rejects, may_be_empty)
 
 
 def refuse_same_file(source: str, target: str) -> None:
@@ -248,7 +258,7 @@ def extend_rows(role: str, source: str, given: dict[str, Any]) -> None:
 
     async def extend(writer: Writer) -> None:
         load = {key: given[key] for key in ("parallel", "max_tokens", "context", "threads", "exact")}
-        async with open_engine(model, turns=_ROW_TURNS, **load) as engine:
+        async with open_engine(model, turns=ROW_TURNS, **load) as engine:
             await extend_dialogues(
                 role,
                 Speaker(engine, given["max_tokens"], sampling),

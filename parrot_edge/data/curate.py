@@ -48,7 +48,7 @@ _SAID_BEFORE_CUT = 20
 """Words of the shortest answer that is taken to be cut off: short ones end without a full stop."""
 
 _ENDS = tuple(".!?…:;)]}>|*_`\"'”’»~—-。！？」』）0123456789")
-"""What an answer that is whole ends with; more may be, see `_stops_in_the_middle`."""
+"""What an answer that is whole ends with; more may be, see `stops_in_the_middle`."""
 
 _ITEM_MARKS = ("-", "*", "•", "#", "|", "+")
 
@@ -153,16 +153,16 @@ def _questions_of(messages: Sequence[Message]) -> Iterator[str]:
 def _find_cut(answers: Sequence[str]) -> int | None:
     """The first answer that stops in the middle of a sentence or of a block of code, or None."""
     for place, answer in enumerate(answers):
-        if _stops_in_the_middle(answer):
+        if stops_in_the_middle(answer):
             return place
     return None
 
 
-def _stops_in_the_middle(answer: str) -> bool:
+def stops_in_the_middle(answer: str) -> bool:
     """Whether a text was cut off: an open block of code, or prose whose last line ends without a mark.
 
     >>> prose = "The kettle is best filled with water and vinegar in equal parts, then boiled once and left"
-    >>> _stops_in_the_middle(prose + " for half an hour until the"), _stops_in_the_middle(prose + ".")
+    >>> stops_in_the_middle(prose + " for half an hour until the"), stops_in_the_middle(prose + ".")
     (True, False)
     """
     text = answer.rstrip()
