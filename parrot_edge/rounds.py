@@ -62,24 +62,30 @@ def write_report(round_folder: Path) -> str:
         _headline([change for change in changes if change.model == last]),
         "## Before and after",
         _table_of(changes),
-        "Differences are paired over the held-out dialogues, with 95 % intervals; above 0 is better. Of twenty "
-        "such intervals one is expected to miss zero by chance.",
+        _NOTE,
         "## What was done",
         _list_stages(round_folder, done),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-_STAGES = ("simulate", "curate", "card", "train-chat", "convert-chat", "capo", "train-dpo", "convert-dpo", "evaluate")
+_STAGES = (
+    *("simulate", "curate", "card", "train-chat", "convert-chat", "capo"),
+    *("train-dpo", "convert-dpo", "evaluate"),
+)
+_VERDICTS = ("better", "worse", "no difference shown")
+_NOTE = (
+    "Differences are paired over the held-out dialogues, with 95 % intervals; above 0 is better. One of "
+    "twenty such intervals misses zero by chance."
+)
 
 
 def _headline(changes: list[Change]) -> str:
     """One sentence: on which measures the round's model is better, worse, or neither."""
-    by_verdict = {
-        verdict: [change.measure for change in changes if change.verdict == verdict]
-        for verdict in ("better", "worse", "no difference shown")
-    }
-    found = [f"**{verdict}** in {', '.join(measures)}" for verdict, measures in by_verdict.items() if measures]
+    found = []
+    for verdict in _VERDICTS:
+        if measures := [change.measure for change in changes if change.verdict == verdict]:
+            found.append(f"**{verdict}** in {', '.join(measures)}")
     if not found:
         return "Nothing was measured that compares the model after the round with the one before it."
     return f"`{changes[0].model}` against the model before the round: {'; '.join(found)}."
@@ -104,7 +110,8 @@ def _list_stages(round_folder: Path, done: Mapping[str, dict[str, Any]]) -> str:
     rows = ["| stage | seconds | |", "| --- | --- | --- |"]
     for name in _STAGES:
         if name in seconds:
-            rows.append(f"| {name} | {seconds[name]} | {'; '.join(_describe(name, round_folder, done[name]))} |")
+            told = "; ".join(_describe(name, round_folder, done[name]))
+            rows.append(f"| {name} | {seconds[name]:,} | {told} |")
     return "\n".join([*rows, "", "Seconds are those of the start that finished a stage."])
 
 
