@@ -21,7 +21,7 @@ VERBS = {
     "chat": "Add the assistant's next message to each dialogue; on a terminal, talk to it.",
     "train": "Train an adapter that plays the user (Ask) or the assistant (Chat).",
     "convert": "Turn an adapter into GGUF files that provably say what was trained.",
-    "evaluate": "Measure how much Ask is like the people it plays.",
+    "evaluate": "Measure how much Ask is like the people it plays, and how good Chat is in long dialogues.",
     "stats": "Describe dialogues by the measures that papers compare such data by.",
     "curate": "Keep the dialogues that are worth training on; the others go aside, each with its reason.",
     "card": "Write the card of a file of dialogues: statistics, models, licences; hand it out on the hub.",

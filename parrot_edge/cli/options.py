@@ -54,6 +54,19 @@ skip_option = click.option(
     show_default=True,
     help="At a bad row: stop, or leave it out.",
 )
+held_out_option = click.option(
+    "--held-out",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=1.0,
+    metavar="SHARE",
+    help="Only what a recipe with data.held_out=SHARE keeps back.",
+)
+dialogue_limit_option = click.option(
+    "--limit",
+    type=click.IntRange(1),
+    metavar="N",
+    help="N dialogues of each file, drawn by --seed; the branches of a tree count as one.",
+)
 dialogues_options = stack(
     click.option("--limit", type=click.IntRange(1), metavar="N", help="Stop after N rows of the input."),
     click.option(

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from parrot_edge.cli import options
-from parrot_edge.data.stats_table import list_figures
+from parrot_edge.data.stats_table import list_statistics
 from parrot_edge.errors import UsageError
 from parrot_edge.table import align_columns, format_figure
 
@@ -88,7 +88,7 @@ def stats(
 def _table(columns: list[dict[str, Any]], told_apart: dict[str, float] | None) -> list[str]:
     """The reports as lines: a row for each figure, a column for each file."""
     lines = [["", *(column["name"][-30:] for column in columns)]]
-    for section, rows in list_figures(columns):
+    for section, rows in list_statistics(columns):
         lines += [[section], *([f"  {title}", *cells] for title, cells in rows)]
     if told_apart:
         lines += [["AUC, users told apart"], ["  by a classifier", format_figure(told_apart)]]

@@ -18,7 +18,7 @@ from typing import Any
 from parrot_edge.data.curate import REASONS
 from parrot_edge.data.sources import Reader, Source, Thread
 from parrot_edge.data.stats import Statistics
-from parrot_edge.data.stats_table import list_figures
+from parrot_edge.data.stats_table import list_statistics
 from parrot_edge.dialogue import Message, parse_messages, parse_seed
 from parrot_edge.errors import UsageError
 from parrot_edge.hub import upload_files
@@ -150,7 +150,7 @@ class Card:
     def _table(self) -> str:
         """The statistics, as `parrot stats` shows them."""
         lines = ["| | |", "| --- | --- |"]
-        for section, rows in list_figures([self.statistics.report()]):
+        for section, rows in list_statistics([self.statistics.report()]):
             if rows:
                 lines.append(f"| **{section}** | |")
                 lines += [f"| {title} | {cell} |" for title, [cell] in rows]

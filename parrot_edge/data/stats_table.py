@@ -45,7 +45,7 @@ _ROWS: dict[str, dict[str, str]] = {
 """Sections, and the title of each figure of a report."""
 
 
-def list_figures(reports: Sequence[dict[str, Any]]) -> Iterator[tuple[str, list[tuple[str, list[str]]]]]:
+def list_statistics(reports: Sequence[dict[str, Any]]) -> Iterator[tuple[str, list[tuple[str, list[str]]]]]:
     """Each section's title, and its rows: a title and a cell for each of the `reports` of statistics.
 
     Intervals stand behind the figures that have one. What no report has is left out.
