@@ -24,6 +24,7 @@ VERBS = {
     "evaluate": "Measure how much Ask is like the people it plays, and how good Chat is in long dialogues.",
     "stats": "Describe dialogues by the measures that papers compare such data by.",
     "curate": "Keep the dialogues that are worth training on; the others go aside, each with its reason.",
+    "card": "Write the card of a file of dialogues: statistics, models, licences; hand it out on the hub.",
     "capo": "Make preference pairs: answers that use the history, and answers that miss it.",
     "view": "Make one HTML page of dialogues, to read, search and filter them.",
     "dialect": "Tell spoken dialects apart: train on recordings, measure, export, identify.",

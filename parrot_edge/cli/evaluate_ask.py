@@ -9,10 +9,10 @@ from typing import Any
 import click
 
 from parrot_edge.cli import options
-from parrot_edge.cli.table import Rows, align_columns, dig, list_figures
 from parrot_edge.intake import Intake
 from parrot_edge.models import parse_model
 from parrot_edge.seeds import builtin_path
+from parrot_edge.table import Rows, align_columns, dig, list_figures
 
 
 @click.command()

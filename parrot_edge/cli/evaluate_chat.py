@@ -12,9 +12,9 @@ import click
 
 from parrot_edge.cli import options
 from parrot_edge.cli.progress import StepLine
-from parrot_edge.cli.table import Rows, align_columns, dig, list_figures
 from parrot_edge.errors import UsageError
 from parrot_edge.models import parse_model
+from parrot_edge.table import Rows, align_columns, dig, list_figures
 
 
 @click.command()

@@ -1,4 +1,4 @@
-"""Figures as a table for the terminal."""
+"""Figures as text, and tables of them for the terminal."""
 
 from __future__ import annotations
 
