@@ -393,7 +393,8 @@ def test_real_model_answers_differently_without_the_history(
     colours = dialogue("a", "My dog is called Rex.", "A fine name!", "Say his name in a few words.")
     stars = dialogue("b", "Is the sun a star?", "Yes, it is.", "And how far away is it? Say it shortly.")
     write(tmp_path / "in.jsonl", colours, stars)
-    done = parrot("capo", "in.jsonl", "--chat", model_file, "--max-tokens", 40, "-o", "out.jsonl", "--json")
+    small = ["--threads", 1, "--parallel", 2, "--max-tokens", 32]
+    done = parrot("capo", "in.jsonl", "--chat", model_file, *small, "-o", "out.jsonl", "--json")
     assert done.returncode == 0, done.stderr
     report, rows = json.loads(done.stdout), read(tmp_path / "out.jsonl")
     assert report["turns"] == 2
