@@ -123,7 +123,7 @@ def test_all_histories_are_measured_on_the_same_tokens_also_of_a_long_answer(lik
     answers = [
         Answer(("s", str(number)), number, tuple(Message(*each) for each in said), endless)
         for number in range(2)
-        for said in [[("user", f"{number} " + "word " * 300), ("assistant", "Yes."), ("user", "go on")]]
+        for said in [[("user", f"{number} " + "word " * 500), ("assistant", "Yes."), ("user", "go on")]]
     ]
     scores = history.score_answers(likelihood, answers)
     assert all(score.cut and score.shortened for score in scores)
