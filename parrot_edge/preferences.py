@@ -173,12 +173,11 @@ class _Run:
             if chosen.fault:
                 self._drop(turn, kind, f"chosen {chosen.fault}")
                 continue
-            shown = await show_instead(chat, instead, turn, kind, other, seed)
-            if shown is None:
-                self._drop(turn, kind, "no other dialogue")
-                continue
-            view, made = shown
+            view, made = await show_instead(chat, instead, turn, kind, other, seed)
             self.tally.tokens += made
+            if isinstance(view, str):
+                self._drop(turn, kind, view)
+                continue
             rejected = self._count(await answer_turn(chat, instead, view, turn, kind, seed))
             if fault := find_fault(chosen, rejected):
                 self._drop(turn, kind, fault)

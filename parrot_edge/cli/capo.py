@@ -12,6 +12,7 @@ import click
 from parrot_edge import __version__
 from parrot_edge.cli import options
 from parrot_edge.cli.progress import ProgressLine
+from parrot_edge.data.capo import KINDS
 from parrot_edge.engine.base import Sampling
 from parrot_edge.errors import ParrotError, UsageError
 from parrot_edge.intake import Intake
@@ -22,8 +23,6 @@ from parrot_edge.preferences import PairSettings, PairTally, make_pairs
 from parrot_edge.roles import Speaker
 from parrot_edge.simulate import RowsOnly
 from parrot_edge.store import read_json, write_json
-
-_KINDS = "neglect,hallucination,misunderstanding"
 
 
 @click.command()
@@ -38,7 +37,11 @@ _KINDS = "neglect,hallucination,misunderstanding"
     help="The better answer: Chat's to the whole history, or the one in the dialogue where it has one.",
 )
 @click.option(
-    "--kinds", default=_KINDS, show_default=True, metavar="KIND,...", help="Which worse answers are made."
+    "--kinds",
+    default=",".join(KINDS),
+    show_default=True,
+    metavar="KIND,...",
+    help="Which worse answers are made.",
 )
 @options.sampling_options
 @options.engine_options
@@ -147,7 +150,7 @@ async def _make_pairs(
 def _tell(tally: PairTally, source: str) -> None:
     """What was found and made, in a line on stderr."""
     if not tally.dialogues + tally.skipped:
-        click.echo(f"parrot: {source} holds no dialogue", err=True)
+        click.echo(f"parrot: {'the input' if source == '-' else source} holds no dialogue", err=True)
         return
     pairs = ", ".join(f"{count} {kind}" for kind, count in tally.as_dict()["pairs"].items())
     dropped = ", ".join(f"{count} {reason}" for reason, count in tally.as_dict()["dropped"].items())

@@ -15,7 +15,7 @@ has the reasons. It knows engines only by what `roles` says of them, and no file
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from parrot_edge.data.context import find_links
@@ -25,7 +25,7 @@ from parrot_edge.data.text import words_of
 from parrot_edge.dialogue import Message, Seed
 from parrot_edge.engine.base import Request, Session
 from parrot_edge.engine.sampling import derive_seed
-from parrot_edge.roles import Speaker, say_as_chat
+from parrot_edge.roles import ATTEMPTS, Speaker, say_as_chat
 
 KINDS = ("neglect", "hallucination", "misunderstanding")
 
@@ -37,6 +37,7 @@ REASONS = {
     "rejected repetition": "the other answer is empty, or runs in a circle",
     "rejected context": "what was to be answered does not fit the model's context",
     "alike": "the two answers say nearly the same",
+    "no subject": "nothing was made up that it could be about",
     "no other dialogue": "there is no other dialogue whose history could stand in its place",
 }
 """Why there is no pair."""
@@ -125,7 +126,7 @@ def replace_history(turn: Turn, other: Seed) -> list[Message]:
 
 
 async def make_up_subject(chat: Speaker, session: Session, turn: Turn, run_seed: int) -> Answer:
-    """What the message might be about, as its writer could have said: a sentence, or nothing.
+    """What the message might be about, as its writer could have said: a sentence, or "" after three tries.
 
     Told to guess, a small model talks about guessing. Asked back what is meant, and writing as the user
     on whom the question falls, it names something; an engine that only answers is told to.
@@ -134,17 +135,22 @@ async def make_up_subject(chat: Speaker, session: Session, turn: Turn, run_seed:
         view, role = [turn.message, Message("assistant", _QUESTION)], "user"
     else:
         view, role = [Message("user", _TASK.format(message=turn.message.content))], "assistant"
-    reply = await session.reply(
-        Request(
-            view,
-            role,
-            max_tokens=min(_GUESS_TOKENS, chat.max_tokens),
-            sampling=chat.sampling,
-            stop=("\n",),
-            seed=derive_seed(run_seed, turn.dialogue, turn.number, "subject"),
+    text, made = "", 0
+    for attempt in range(ATTEMPTS):
+        reply = await session.reply(
+            Request(
+                view,
+                role,
+                max_tokens=min(_GUESS_TOKENS, chat.max_tokens),
+                sampling=chat.sampling,
+                stop=("\n",),
+                seed=derive_seed(run_seed, turn.dialogue, turn.number, "subject", attempt),
+            )
         )
-    )
-    return Answer(reply.text.strip(), made=reply.completion_tokens)
+        text, made = reply.text.strip(), made + reply.completion_tokens
+        if text:
+            break
+    return Answer(text, made=made)
 
 
 async def answer_turn(
@@ -165,15 +171,17 @@ def recorded_answer(turn: Turn) -> Answer | None:
 
 async def show_instead(
     chat: Speaker, session: Session, turn: Turn, kind: str, other: Seed | None, run_seed: int
-) -> tuple[list[Message], int] | None:
-    """What Chat is shown for a kind, and the tokens made for that; None where another dialogue is missing."""
+) -> tuple[list[Message] | str, int]:
+    """What Chat is shown for a kind, or which of `REASONS` it cannot be; and the tokens made for that."""
     if kind == "neglect":
         return [*turn.system, turn.message], 0
     if kind == "misunderstanding":
-        return (replace_history(turn, other), 0) if other else None
+        return replace_history(turn, other) if other else "no other dialogue", 0
     subject = await make_up_subject(chat, session, turn, run_seed)
-    told = f"{subject.text}\n\n{turn.message.content}" if subject.text else turn.message.content
-    return [*turn.system, replace(turn.message, content=told)], subject.made
+    if not subject.text:
+        return "no subject", subject.made
+    told = Message("user", f"{subject.text}\n\n{turn.message.content}")
+    return [*turn.system, told], subject.made
 
 
 def find_fault(chosen: Answer, rejected: Answer) -> str | None:
