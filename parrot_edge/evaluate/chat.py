@@ -1,7 +1,8 @@
 """How good Chat is in long dialogues.
 
-    history  what knowing the history is worth to the likelihood of answers that others wrote
-    recall   whether it recalls in turn 5 or 8 what it was told in turn 1
+    history    what knowing the history is worth to the likelihood of answers that others wrote
+    recall     whether it recalls in turn 5 or 8 what it was told in turn 1
+    benchmark  the grades that a judge gives to its answers to questions of several turns
 
 All models are measured at the same places and on the same resamples, so that two can be compared. It
 does not know the command line.
@@ -17,6 +18,15 @@ from typing import Any, Protocol
 from parrot_edge.engine.likelihood import Likelihood
 from parrot_edge.errors import UsageError
 from parrot_edge.evaluate import history, recall
+from parrot_edge.evaluate.benchmark import (
+    AnswerFile,
+    Answers,
+    Question,
+    answer_questions,
+    count_unanswered,
+    identify_model,
+)
+from parrot_edge.evaluate.judge import compare_answers, describe_grades, describe_verdicts, grade_answers
 from parrot_edge.evaluate.sources import Source, resample
 from parrot_edge.figures import Resampling, average_sources, readable
 from parrot_edge.models import LocalModel, RemoteModel
@@ -44,11 +54,26 @@ class ChatSettings:
     seed: int = 0
 
 
+@dataclass(frozen=True)
+class Benchmark:
+    """Questions that are answered, and then judged where there is a `judge`.
+
+    kept        where answers are kept and taken from
+    max_tokens  of an answer
+    """
+
+    questions: Sequence[Question]
+    judge: LocalModel | RemoteModel | None = None
+    kept: AnswerFile | None = None
+    max_tokens: int = 512
+
+
 async def evaluate_chat(
     models: Sequence[LocalModel | RemoteModel],
     settings: ChatSettings,
     *,
     sources: Sequence[Source] = (),
+    benchmark: Benchmark | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> dict[str, Any]:
     """Measure all models alike; the report holds plain values and `readable` figures.
@@ -57,16 +82,21 @@ async def evaluate_chat(
 
     sources  dialogues that no model was trained on, for `history`
 
-    Raises `UsageError` where two sources share a name, where likelihoods are all that is asked for and
-    every model is an endpoint, and what models and engines raise.
+    Raises `UsageError` where two sources share a name, where every model is an endpoint though there are
+    sources, where answers are kept of two models of one name, and what models and engines raise.
     """
+    names = [model.name for model in models]
+    if benchmark and benchmark.kept and len(set(names)) < len(names):
+        raise UsageError("two MODELs have the same name, by which their answers are kept; rename a file")
     if sources and all(isinstance(model, RemoteModel) for model in models):
         raise UsageError("an endpoint tells no likelihoods; leave --data out, or name a model file as well")
     resampling = resample(sources, settings.seed) if sources else None
     probes = recall.make_probes(settings.probes, settings.seed)
     reports: list[dict[str, Any]] = []
     for model in models:
-        report: dict[str, Any] = {"model": model.name, "history": None, "recall": None}
+        report: dict[str, Any] = {
+            "model": model.name, "history": None, "recall": None, "benchmark": None
+        }  # fmt: skip
         chosen = said = None
         if isinstance(model, LocalModel) and (resampling or probes):
             report["history"], chosen = await asyncio.to_thread(
@@ -76,6 +106,10 @@ async def evaluate_chat(
             said = await _measure_recall(model, probes, settings, progress)
             report["recall"] = {"chosen": chosen, "said": said}
         reports.append(report)
+    if benchmark:
+        found = await _measure_benchmark(models, benchmark, settings, progress)
+        for report, each in zip(reports, found, strict=True):
+            report["benchmark"] = each
     _compare_histories([report["history"] for report in reports if report["history"]])
     for way in ("chosen", "said"):
         _compare_recall([report["recall"][way] for report in reports if report["recall"]])
@@ -83,8 +117,13 @@ async def evaluate_chat(
         {"name": s.name, "dialogues": s.dialogues, "groups": len(s.groups), "answers": len(s.answers)}
         for s in sources
     ]
-    asked = {"facts": len(recall.FACTS), "chance": 1 / len(recall.FACTS[0].values)} if probes else None
-    return readable({"data": data, "settings": asdict(settings), "recall": asked, "models": reports})
+    facts = {"facts": len(recall.FACTS), "chance": 1 / len(recall.FACTS[0].values)} if probes else None
+    judged = None
+    if benchmark:
+        judge = benchmark.judge.name if benchmark.judge else None
+        judged = {"questions": len(benchmark.questions), "judge": judge, "max_tokens": benchmark.max_tokens}
+    about = {"data": data, "settings": asdict(settings), "recall": facts, "benchmark": judged}
+    return readable({**about, "models": reports})
 
 
 def _measure_likelihood(
@@ -148,6 +187,52 @@ async def _measure_recall(
         steps = _steps(progress, f"{model.name}: recall, said")
         outcomes = await recall.answer_probes(engine, probes, parallel=settings.parallel, on_step=steps)
     return recall.describe_recall(probes, outcomes)
+
+
+async def _measure_benchmark(
+    models: Sequence[LocalModel | RemoteModel],
+    benchmark: Benchmark,
+    settings: ChatSettings,
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    """The report's benchmark of each model: its grades, and how it does against the first."""
+    questions = benchmark.questions
+    turns = max(len(question.turns) for question in questions)
+
+    def load(max_tokens: int) -> Load:
+        return Load(settings.parallel, turns, max_tokens, threads=settings.threads)
+
+    answers: list[Answers] = []
+    for model in models:
+        async with open_pair(model, model, load(benchmark.max_tokens)) as (engine, _):
+            found = await answer_questions(
+                engine,
+                questions,
+                model=(model.name, identify_model(model) if benchmark.kept else ""),
+                max_tokens=benchmark.max_tokens,
+                parallel=settings.parallel,
+                kept=benchmark.kept,
+                on_step=_steps(progress, f"{model.name}: questions"),
+            )
+        answers.append(found)
+    reports: list[dict[str, Any]] = [
+        {"unanswered": count_unanswered(each), "grades": None, "against_first": None} for each in answers
+    ]
+    if benchmark.judge is None:
+        return reports
+    async with open_pair(benchmark.judge, benchmark.judge, load(benchmark.max_tokens)) as (judge, _):
+        for model, given, report in zip(models, answers, reports, strict=True):
+            steps = _steps(progress, f"{benchmark.judge.name}: grades of {model.name}")
+            grades = await grade_answers(judge, questions, given, parallel=settings.parallel, on_step=steps)
+            report["grades"] = describe_grades(questions, grades)
+            report["grades"]["above_first"] = report["grades"]["mean"] - reports[0]["grades"]["mean"]
+            if report is not reports[0]:
+                steps = _steps(progress, f"{benchmark.judge.name}: {model.name} against {models[0].name}")
+                verdicts = await compare_answers(
+                    judge, questions, given, answers[0], parallel=settings.parallel, on_step=steps
+                )
+                report["against_first"] = describe_verdicts(questions, verdicts)
+    return reports
 
 
 def _steps(progress: Progress, what: str) -> Callable[[int, int], None]:

@@ -125,11 +125,14 @@ def _find_others(answers: Sequence[Answer]) -> list[_Case | None]:
     numbers = list(last)
     others: dict[int, list[Message]] = {}
     for place, number in enumerate(numbers):
-        after = (last[other] for other in numbers[place + 1 :] + numbers[:place])
-        strangers = [other for other in after if other.member != last[number].member]
-        enough = [other for other in strangers if other.number >= last[number].number]
-        if strangers:
-            other = enough[0] if enough else max(strangers, key=lambda stranger: stranger.number)
+        own = last[number]
+        after = [last[other] for other in numbers[place + 1 :] + numbers[:place]]
+        strangers = (other for other in after if other.member != own.member)
+        other = next((other for other in strangers if other.number >= own.number), None)
+        if other is None:
+            rest = (other for other in after if other.member != own.member)
+            other = max(rest, key=lambda stranger: stranger.number, default=None)
+        if other is not None:
             others[number] = [message for message in other.history if message.role != "system"]
     cases: list[_Case | None] = []
     for answer in answers:

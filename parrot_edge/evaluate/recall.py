@@ -11,12 +11,11 @@ A small model that cannot put what it knows into words can still choose.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
 
 from parrot_edge.dialogue import Message
 from parrot_edge.engine.base import Engine, Request, Sampling
@@ -160,14 +159,21 @@ def choose_values(
     for done, probe in enumerate(probes, 1):
         for turn in ASKED_IN:
             view = probe.dialogue(turn)
-            log_probs = {}
-            for value in probe.fact.values:
-                tokens, start = likelihood.encode(view, "assistant", probe.fact.answer.format(value))
-                if len(tokens) <= likelihood.tokens:
-                    log_probs[value] = float(likelihood.log_probs(tokens, start).sum())
-            rivals = [log_prob for value, log_prob in log_probs.items() if value != probe.told]
-            told = log_probs.get(probe.told, -np.inf)
-            outcomes[turn].append(bool(rivals) and told > max(rivals))
+            answers = {
+                value: likelihood.encode(view, "assistant", probe.fact.answer.format(value))[0]
+                for value in probe.fact.values
+            }
+            alike = itertools.takewhile(
+                lambda tokens: len(set(tokens)) == 1, zip(*answers.values(), strict=False)
+            )
+            start = len(list(alike))  # what all answers begin with decides nothing
+            if max(map(len, answers.values())) > likelihood.tokens:
+                outcomes[turn].append(False)
+                continue
+            log_probs = {
+                value: float(likelihood.log_probs(tokens, start).sum()) for value, tokens in answers.items()
+            }
+            outcomes[turn].append(max(log_probs, key=lambda value: log_probs[value]) == probe.told)
         on_step(done, len(probes))
     return outcomes
 

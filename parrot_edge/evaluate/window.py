@@ -13,9 +13,9 @@ class Window:
 
     Where the context is full, the latest whole exchanges that fit in half of it are kept, and those that
     follow join them until it is full again; of a single exchange that takes more than that, the last
-    eighth of the context of either message. A system message stays.
+    eighth of the context of either message. Of a system message its first quarter of the context stays.
 
-    role   whose next message is measured
+    role    whose next message is measured
     prompt  how a conversation is shown to the model
     first   the first turn that is kept; 0 where all of the history is
     """
@@ -35,7 +35,12 @@ class Window:
         that number."""
         if dialogue != self._dialogue:
             self._dialogue, self.first = dialogue, 0
-        system = [message for message in history if message.role == "system"]
+        most = self._likelihood.tokens // 4
+        system = [
+            Message("system", self._likelihood.first_part(message.content, most))
+            for message in history
+            if message.role == "system"
+        ]
         turns = [message for message in history if message.role != "system"]
 
         def view_of(some: Sequence[Message]) -> Sequence[Message]:
