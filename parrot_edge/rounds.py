@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from parrot_edge.errors import ParrotError, UsageError
+from parrot_edge.machine import plural
 from parrot_edge.store import read_json
 from parrot_edge.table import dig, format_figure
 
@@ -26,18 +27,18 @@ _MEASURES: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
         ("history", "mean", "per_token"),
         (*_AGAINST, "perplexity_below"),
     ),
-    ("gain from the history, nats a token", ("history", "mean", "gain"), (*_AGAINST, "gain_above")),
+    ("gain from the history (nats a token)", ("history", "mean", "gain"), (*_AGAINST, "gain_above")),
     (
-        "gain over another dialogue's history, nats a token",
+        "gain over another dialogue's history (nats a token)",
         ("history", "mean", "gain_over_another"),
         (*_AGAINST, "gain_over_another_above"),
     ),
     (
-        "recall, told value is the likeliest",
+        "recall: the told value is the likeliest",
         ("recall", "chosen", "mean"),
         ("recall", "chosen", "above_first", "mean"),
     ),
-    ("recall, told value is said", ("recall", "said", "mean"), ("recall", "said", "above_first", "mean")),
+    ("recall: the told value is said", ("recall", "said", "mean"), ("recall", "said", "above_first", "mean")),
 )
 """What is compared: a title, where a model's report has the figure, and where its difference to the first
 model, above 0 where it is better."""
@@ -148,15 +149,15 @@ def _list_stages(round_folder: Path, done: Mapping[str, dict[str, Any]]) -> str:
 def _describe(name: str, folder: Path, printed: Mapping[str, Any]) -> Iterator[str]:
     """What a stage says of itself."""
     if name == "simulate":
-        yield f"{_count_lines(folder / 'dialogues.jsonl'):,} dialogues"
+        yield plural(_count_lines(folder / "dialogues.jsonl"), "dialogue")
     elif name == "curate":
         yield f"{printed['kept']:,} of {printed['read']:,} kept"
         yield from (f"{count:,} {reason}" for reason, count in printed["rejected"].items())
     elif name == "capo":
-        yield f"{_count_lines(folder / 'pairs.jsonl'):,} preference pairs"
+        yield plural(_count_lines(folder / "pairs.jsonl"), "preference pair")
     elif name.startswith("train"):
         measures = printed["measures"]
-        yield f"{measures['steps']:,} steps"
+        yield plural(measures["steps"], "step")
         for measure, value in measures["after"].items():
             before = measures["before"].get(measure)
             yield f"{measure} {value:.4g}" + ("" if before is None else f", before {before:.4g}")

@@ -53,7 +53,7 @@ def test_preferences_are_learned_on_top_of_the_chat_adapter(tmp_path: Path) -> N
     )
 
     def run(name: str, data: Path, *overrides: str) -> dict[str, Any]:
-        small = ("data.max_length=64", "base.dtype=float32", "optim.batch_size=2", "lora.rank=4")
+        small = ("data.max_length=128", "base.dtype=float32", "optim.batch_size=2", "lora.rank=4")
         recipe = load_recipe(name, [f"base.name={base}", f"data.sources={data}", *small, *overrides])
         return train(recipe, tmp_path / f"{recipe.objective}-{len(list(tmp_path.iterdir()))}")
 
