@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from parrot_edge.errors import ModelError, UsageError
+from parrot_edge.errors import ModelError, UsageError, shorten
 from parrot_edge.store import cache_dir, lock, sha256_of
 
 
@@ -35,9 +35,13 @@ class HubFile:
         HubFile(repo='owner/repo', file='folder/model.gguf', revision='v1')
         """
         match = re.fullmatch(r"hf:([\w.-]+/[\w.-]+)/([^@]+)(?:@(.+))?", text)
-        if not match or {"", ".", ".."} & {*match[1].split("/"), *match[2].split("/")}:
+        if (
+            not match
+            or not text.isprintable()
+            or {"", ".", ".."} & {*match[1].split("/"), *match[2].split("/")}
+        ):
             raise UsageError(
-                f"{text} is no file of the hub; write hf:owner/repo/file.gguf, with @revision if wanted"
+                f"{shorten(text)} is no file of the hub; write hf:owner/repo/file.gguf, or that and @revision"
             )
         return cls(match[1], match[2], match[3] or "main")
 

@@ -92,6 +92,7 @@ def test_endpoint_with_and_without_a_model_name() -> None:
         ("http://host:port/v1", "no address"),
         ("hf:owner/file.gguf", "no file of the hub"),
         ("hf:owner/../file.gguf", "no file of the hub"),
+        ("hf:owner/repo/file.gguf@\udce9", "no file of the hub"),
         ("hf:owner/repo/../../file.gguf", "no file of the hub"),
     ],
 )

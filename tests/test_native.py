@@ -54,6 +54,10 @@ MODELS: dict[str, tuple[Callable[[Parts], None], str]] = {
         "blk.0.ffn_down.weight is empty or I8",
     ),
     "a norm that is none": (set_tensor(b"output_norm.weight", [8], 25), "output_norm.weight is empty or I16"),
+    "a tokenizer without bytes": (
+        set_value(b"tokenizer.ggml.model", TEXT, b"llama"),
+        "has no tokenizer that can be used",
+    ),
     "no tokenizer": (set_value(b"tokenizer.ggml.model", TEXT, b"none"), "has no tokenizer that can be used"),
 }
 

@@ -291,19 +291,34 @@ class Model(_Handle):
         super().__init__(pointer, C.llama_model_free)
         self._vocab = C.llama_model_get_vocab(pointer)
         self.vocab_size: int = C.llama_vocab_n_tokens(self._vocab)
-        if C.llama_vocab_type(self._vocab) == C.LLAMA_VOCAB_TYPE_NONE or not self._names_its_ends():
+        if not (self._names_its_ends() and self._spells_every_byte()):
             self.close()
             raise ModelError(f"{path} has no tokenizer that can be used; convert the model anew")
         self.metadata = _read_metadata(pointer)
 
     def _names_its_ends(self) -> bool:
-        """Whether the tokens are there that prompts begin and end with, which llama.cpp takes for granted."""
+        """Whether there is a tokenizer, and the tokens that its prompts begin and end with."""
         vocab = self._vocab
+        if C.llama_vocab_type(vocab) == C.LLAMA_VOCAB_TYPE_NONE:
+            return False
         ends = (
             (C.llama_vocab_get_add_bos, C.llama_vocab_bos),
             (C.llama_vocab_get_add_eos, C.llama_vocab_eos),
         )
         return all(token(vocab) >= 0 for is_added, token in ends if is_added(vocab))
+
+    def _spells_every_byte(self) -> bool:
+        """Whether a tokenizer that falls back to bytes has a token for each: llama.cpp dies over one that is
+        missing as soon as a text holds it."""
+        if C.llama_vocab_type(self._vocab) != C.LLAMA_VOCAB_TYPE_SPM:
+            return True
+        bytes_of = {text: byte for byte in range(256) for text in (b"<0x%02X>" % byte, bytes([byte]))}
+        missing = set(range(256))
+        for token in range(self.vocab_size):
+            missing.discard(bytes_of.get(C.llama_vocab_get_text(self._vocab, token), -1))
+            if not missing:
+                break
+        return not missing
 
     @property
     def trained_context(self) -> int:
