@@ -2,9 +2,9 @@
 
     python tests/fuzz/run.py TARGET --runs 100000 [--seed 0] [--grow FOLDER]
 
-Starts from `corpus/TARGET` and from what was found before, in `found/TARGET`. A traceback, ten seconds
-without an end, or more memory than 2 GiB ends it with exit status 77 or 70 or 71, the input written to
-crash-*, timeout-* or oom-*. With --grow, inputs that reach something new are kept in a folder.
+Starts from `corpus/TARGET`. A traceback, ten seconds without an end, or more memory than 2 GiB ends it with
+an exit status, and the input is written to crash-*, timeout-* or oom-* in the working directory. With --grow,
+inputs that reach something new are kept in a folder, from which a later run starts too.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def main() -> None:
 
         if given.grow:
             given.grow.mkdir(parents=True, exist_ok=True)
-        places = [given.grow, HERE / "corpus" / given.target, HERE / "found" / given.target]
+        places = [given.grow, HERE / "corpus" / given.target]
         arguments = [
             sys.argv[0],
             f"-runs={given.runs}",
@@ -76,7 +76,7 @@ def main() -> None:
             "-rss_limit_mb=2048",
             "-print_final_stats=1",
             "-verbosity=0",
-            *(str(place) for place in places if place and place.is_dir()),
+            *(str(place) for place in places if place),
         ]
         options = {"custom_mutator": mutate} if given.target in ("gguf", "adapter", "base") else {}
         atheris.Setup(arguments, once, **options)
