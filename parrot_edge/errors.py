@@ -13,6 +13,23 @@ prints it (exit 1). A mistake in how a command was called is a `UsageError` (exi
 
 from __future__ import annotations
 
+import reprlib
+
+_repr = reprlib.Repr()
+_repr.maxlevel, _repr.maxstring = 2, 60
+
+
+def shorten(value: object) -> str:
+    """A user's value as a message shows it: on one line, however long or deep it is.
+
+    >>> shorten("a" * 100)
+    "'aaaaaaaaaaaaaaaaaaaaaaaaaaa...aaaaaaaaaaaaaaaaaaaaaaaaaaaa'"
+    """
+    try:
+        return _repr.repr(value)
+    except ValueError:  # Python does not write out numbers of thousands of digits
+        return "a number of thousands of digits"
+
 
 class ParrotError(Exception):
     """Base of all errors that parrot_edge raises on purpose."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from parrot_edge.errors import ModelError, UsageError
+from parrot_edge.errors import ModelError, UsageError, shorten
 from parrot_edge.store import cache_dir, lock, sha256_of
 
 
@@ -39,9 +39,13 @@ class HubFile:
         HubFile(repo='owner/repo', file='folder/model.gguf', revision='v1')
         """
         match = re.fullmatch(r"hf:([\w.-]+/[\w.-]+)/([^@]+)(?:@(.+))?", text)
-        if not match or {"", ".", ".."} & {*match[1].split("/"), *match[2].split("/")}:
+        if (
+            not match
+            or not text.isprintable()
+            or {"", ".", ".."} & {*match[1].split("/"), *match[2].split("/")}
+        ):
             raise UsageError(
-                f"{text} is no file of the hub; write hf:owner/repo/file.gguf, with @revision if wanted"
+                f"{shorten(text)} is no file of the hub; write hf:owner/repo/file.gguf, or that and @revision"
             )
         return cls(match[1], match[2], match[3] or "main")
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import reprlib
 import stat
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -20,7 +19,7 @@ from threading import Thread
 from typing import Any
 
 from parrot_edge.dialogue import Seed, parse_seed
-from parrot_edge.errors import InputError, OutputError
+from parrot_edge.errors import InputError, OutputError, shorten
 from parrot_edge.jsonl import Line, Writer, read_lines
 
 
@@ -82,7 +81,7 @@ class Intake:
                     self._check_turn(line, seed)
                     if seed.id in seen:
                         raise line.error(
-                            f"has the id of line {seen[seed.id]}, {reprlib.repr(seed.id)}; ids must differ, "
+                            f"has the id of line {seen[seed.id]}, {shorten(seed.id)}; ids must differ, "
                             "and rows that say the same need ids of their own"
                         )
                 except InputError as error:
