@@ -116,6 +116,13 @@ def _explain(reason: str, name: str) -> str:
     return f"{name} cannot be joined ({first[:200]}); run parrot on one of its nodes"
 
 
+def count_cpus() -> int:
+    """CPUs that the nodes which are up may give away."""
+    import ray
+
+    return sum(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
+
+
 def survey_nodes(name: str) -> tuple[list[Node], dict[str, str]]:
     """The nodes that parrot can work on, and for each other one, by name, why it cannot.
 

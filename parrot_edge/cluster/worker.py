@@ -50,7 +50,7 @@ class Worker:
 
     async def open(self, clerk: Any) -> list[Trait]:
         """Get the files, from the `clerk` where need be, and load them; raises what `open_pair` does."""
-        models = [await asyncio.to_thread(model.unpack, _read_from(clerk)) for model in self._models]
+        models = [await asyncio.to_thread(model.unpack, read_from(clerk)) for model in self._models]
         self._engines = await self._stack.enter_async_context(self._open(*models, self._load))
         return [Trait(dict(engine.metadata), engine.writes_any_role) for engine in self._engines]
 
@@ -70,7 +70,8 @@ class Worker:
             await held.stack.aclose()
 
 
-def _read_from(clerk: Any) -> Read:
+def read_from(clerk: Any) -> Read:
+    """How the files of a `Clerk` are read."""
     import ray
 
     return lambda path, offset, size: ray.get(clerk.read.remote(path, offset, size))
