@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 
-os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
 from ray.cluster_utils import Cluster
 
 logging.disable(logging.CRITICAL)

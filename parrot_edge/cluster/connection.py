@@ -45,11 +45,12 @@ class Node:
 
 
 @contextlib.contextmanager
-def connect(address: str) -> Iterator[str]:
+def connect(address: str, *, cpus: int | None = None) -> Iterator[str]:
     """Be the driver of a cluster while the context lasts; yields its name for messages.
 
     address  "auto" for a local cluster that ends with this process, else `host:port` of one that runs,
              on one of whose nodes this is
+    cpus     that a local cluster gives away; those of this machine if None
 
     Raises `ClusterError` where there is no cluster, or one of another version, and `UsageError` for
     what can be no address.
@@ -66,9 +67,10 @@ def connect(address: str) -> Iterator[str]:
     ray._private.worker._worker_logs_enabled = False
     options: dict[str, Any] = {"address": address}
     if address == "auto":
+        os.environ.setdefault("RAY_worker_niceness", "0")  # they are the work, not what runs beside it
         options = {
             "address": "local",
-            "num_cpus": inspect_machine().usable,
+            "num_cpus": cpus or inspect_machine().usable,
             "include_dashboard": False,
             "object_store_memory": _OBJECT_STORE_BYTES,
         }

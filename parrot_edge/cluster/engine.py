@@ -71,7 +71,7 @@ async def open_pair_on_ray(
         return _start_worker(place, (open_pair, [packed[side] for side in sides], load))
 
     async with AsyncExitStack() as stack:
-        pool = await stack.enter_async_context(Pool(name, places, load.parallel, make, say))
+        pool = await stack.enter_async_context(Pool(name, places, load.parallel, make, start_clerk(), say))
         engines: list[Engine] = []
         for model in (ask, chat):
             if isinstance(model, RemoteModel):
@@ -130,6 +130,7 @@ class Pool:
 
     parallel  conversations that a worker holds at once, of each side
     make      starts an actor in a place
+    clerk     the actor that workers get files from, or None where they need none
     """
 
     def __init__(
@@ -138,18 +139,18 @@ class Pool:
         places: Sequence[Place],
         parallel: int,
         make: Callable[[Place], Any],
+        clerk: Any = None,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.traits: Sequence[Trait] = ()
-        self._name, self._parallel, self._make, self._say = name, parallel, make, say
+        self._name, self._parallel, self._make = name, parallel, make
+        self._clerk, self._say = clerk, say
         self._hands = [_Hand(place) for place in places]
         self._changed = asyncio.Condition()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._clerk: Any = None
 
     async def __aenter__(self) -> Pool:
         """Start all workers and wait for the first; raises `ClusterError` where none comes."""
-        self._clerk = start_clerk()
         for hand in self._hands:
             self._spawn(self._bring_up(hand))
         try:
@@ -354,8 +355,8 @@ def _as_own(error: Any) -> ParrotError:
 
 
 def _end(actor: Any) -> None:
-    if actor is not None:
-        import ray
+    import ray
 
+    if actor is not None and ray.is_initialized():  # which `kill` would see to otherwise
         with contextlib.suppress(Exception):  # it may be dead, or the cluster
             ray.kill(actor)
