@@ -3,7 +3,8 @@
     python tests/ray_kills.py FOLDER --dialogues 150 --minutes 5
 
 The real model talks, with a thread a worker, and the run then goes on to its end. FOLDER, which must not be
-there, gets the run and `kills.json`. It fails where a message on record was lost, or an id is missing or there twice.
+there, gets the run and `kills.json`. It fails where a message on record was lost, or an id is missing or
+there twice.
 """
 
 from __future__ import annotations

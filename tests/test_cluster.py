@@ -317,7 +317,7 @@ def test_cluster_that_loses_its_last_node_or_its_head_ends_the_run(
     nodes = Cluster(0, 1)
 
     def run_until(rows: int) -> subprocess.Popen[bytes]:
-        environment = {"REPLY_SECONDS": "0.1", "PATIENCE": "20"}
+        environment = {"REPLY_SECONDS": "0.1", "PATIENCE": "8"}
         process = scripted_parrot.start(*RUN, "--resume", "--ray", nodes.address, env=environment)
         wait_for(lambda: len(whole_rows(tmp_path / "out.jsonl")) >= rows, process)
         return process
@@ -327,7 +327,7 @@ def test_cluster_that_loses_its_last_node_or_its_head_ends_the_run(
         nodes.tell("remove")
         code, out, errors = finish(process)
         assert (code, out) == (1, "")
-        assert re.fullmatch(r"parrot: the cluster at \S+ has had no worker for 20 s; .* --resume\n", errors)
+        assert re.fullmatch(r"parrot: the cluster at \S+ has had no worker for 8 s; .* --resume\n", errors)
         nodes.tell("add")
         process = run_until(10)
     finally:

@@ -28,6 +28,9 @@ from parrot_edge.models import LocalModel, RemoteModel
 PATIENCE = 60.0
 """Seconds for which a cluster may have no worker at all."""
 
+START_PATIENCE = 120.0
+"""The same before the first one is there: its node may have to start Python, or be busy with another run."""
+
 MOST_DEATHS = 20
 """Workers that one reply may take with it before it is held to be the cause."""
 
@@ -172,7 +175,7 @@ class Pool:
     async def take(self, side: int) -> _Hand:
         """The least busy worker that has room for a conversation; waits for one.
 
-        Raises `ClusterError` where there has been no worker at all for `PATIENCE`.
+        Raises `ClusterError` where there has been no worker at all for `PATIENCE`, or `START_PATIENCE`.
         """
         async with self._changed:
             while True:
@@ -226,17 +229,18 @@ class Pool:
 
     async def _wait_for_a_worker(self) -> None:
         """Return as soon as one is ready; the condition is held."""
+        patience = PATIENCE if self.traits else START_PATIENCE
         while not any(hand.state == "ready" for hand in self._hands):
             if all(hand.failure for hand in self._hands):
                 raise ClusterError(f"no worker of {self._name} can start: {self._hands[0].failure}")
             try:
-                async with asyncio.timeout(PATIENCE):
+                async with asyncio.timeout(patience):
                     await self._changed.wait()
             except TimeoutError:
                 if any(hand.state == "opening" for hand in self._hands):
                     continue  # a large file takes its time
                 raise ClusterError(
-                    f"{self._name} has had no worker for {PATIENCE:.0f} s; see that its nodes are up, with "
+                    f"{self._name} has had no worker for {patience:.0f} s; see that its nodes are up, with "
                     f"{plural(self._hands[0].place.cpus, 'CPU')} free, and carry on with --resume"
                 ) from None
 
