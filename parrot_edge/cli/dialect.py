@@ -319,6 +319,7 @@ def export(run: str, output: str, force: bool) -> None:
 )
 @_threads_option
 @_on_error_option
+@options.ray_option
 def identify(
     files: tuple[str, ...],
     model: str,
@@ -329,12 +330,14 @@ def identify(
     rate: int,
     threads: int,
     on_error: str,
+    ray: str | None,
 ) -> None:
     """Say which dialect is spoken in recordings, or in a stream as it comes.
 
     With - (the default) stdin holds rows with a path, and start and end where wanted. A row comes out for
     each window: path, start, end, label, scores, unknown. The label is null where there is no speech, and
-    where what is heard is none of the dialects (unknown is then true).
+    where what is heard is none of the dialects (unknown is then true). With --ray, recordings have to lie
+    under the same path on every node.
 
     \b
     Examples:
@@ -348,22 +351,48 @@ def identify(
 
     if pcm and files not in ((), ("-",)):
         raise UsageError("--pcm takes sound from stdin; leave the file names out")
+    if pcm and ray:
+        raise UsageError("--pcm is one stream, so there is nothing to spread; leave --ray out")
     require_audio()
     runtime = Runtime(model, threads=threads)
-    with Writer(output, force=force) as writer:
+    with options.connect_ray(ray) as cluster, Writer(output, force=force) as writer:
         if pcm:
             for answer in identify_stream(runtime, read_pcm(sys.stdin.buffer, rate), window=window):
                 writer.write(answer.row("-"))
             return
-        for wanted in _wanted(files or ("-",)):
+        refuse = _raise if on_error == "stop" else lambda error: _say(f"parrot: skipped: {error}")
+        wanted = _wanted(files or ("-",))
+        if cluster:
+            from parrot_edge.cluster.hearing import hear_on_ray
+
+            parts = map(_part_or_error, wanted)
+            for rows, failure in hear_on_ray(cluster, model, parts, window=window, threads=threads):
+                for row in rows:
+                    writer.write(row)
+                if failure:
+                    refuse(failure)
+            return
+        for part in wanted:
             try:
-                path, start, end = wanted()
+                path, start, end = part()
                 for answer in identify_file(runtime, path, start, end, window=window):
                     writer.write(answer.row(path))
             except InputError as error:
-                if on_error == "stop":
-                    raise
-                _say(f"parrot: skipped: {error}")
+                refuse(error)
+
+
+def _raise(error: InputError) -> None:
+    raise error
+
+
+def _part_or_error(
+    part: Callable[[], tuple[str, float, float | None]],
+) -> tuple[str, float, float | None] | InputError:
+    """What is to be heard, or what is wrong with its row."""
+    try:
+        return part()
+    except InputError as error:
+        return error
 
 
 def _wanted(files: tuple[str, ...]) -> Iterator[Callable[[], tuple[str, float, float | None]]]:

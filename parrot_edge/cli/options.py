@@ -150,6 +150,11 @@ engine_options = stack(
         help="Slower; rows then do not depend on --parallel or on the order of the input.",
     ),
 )
+ray_option = click.option(
+    "--ray",
+    metavar="ADDRESS",
+    help="Spread the work over a Ray cluster: host:port, or auto for one here.",
+)
 progress_option = click.option(
     "--progress/--no-progress", default=None, help="Report progress on stderr.  [default: on a terminal]"
 )
@@ -171,6 +176,20 @@ def find_model(text: str, *, parallel: int, threads: int | None) -> LocalModel |
     )
     name = f"{choice.path.stem}+{model.adapter.name}" if model.adapter else choice.path.stem
     return LocalModel(name, choice.path, model.adapter) if choice.path != model.path else model
+
+
+def say(note: str) -> None:
+    """A line on stderr."""
+    click.echo(f"parrot: {note}", err=True)
+
+
+def connect_ray(address: str | None) -> contextlib.AbstractContextManager[str | None]:
+    """The cluster of --ray, joined while the context lasts; its name, or None without the option."""
+    if address is None:
+        return contextlib.nullcontext()
+    from parrot_edge.cluster.connection import connect
+
+    return connect(address)
 
 
 @contextlib.asynccontextmanager

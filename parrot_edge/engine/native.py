@@ -79,6 +79,11 @@ def system_info() -> str:
     return C.llama_print_system_info().decode()
 
 
+def supports_gpus() -> bool:
+    """Whether this build of llama.cpp computes on GPUs where there are some."""
+    return bool(C.llama_supports_gpu_offload())
+
+
 class _GgufParams(ctypes.Structure):
     _fields_ = (("no_alloc", ctypes.c_bool), ("context", ctypes.c_void_p))
 
