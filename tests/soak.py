@@ -90,6 +90,7 @@ class Run:
         self.process: subprocess.Popen[bytes]
 
     def start(self, *arguments: str, preexec_fn: Callable[[], None] | None = None) -> None:
+        self.close()
         self.lives += 1
         self._old_journal = self.journal.stat().st_ino if self.journal.exists() else None
         command = [*self._command, *arguments, *self._options]
@@ -102,6 +103,16 @@ class Run:
     def _said(self) -> str:
         self._errors.seek(0)
         return self._errors.read().decode()
+
+    def close(self) -> None:
+        """End the process, if there is one, and close what is open."""
+        if not hasattr(self, "process"):
+            return
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        self.close_stdin()
+        self._errors.close()
 
     def signal(self, number: int, fault: str) -> None:
         self.faults[fault] += 1
@@ -312,7 +323,8 @@ class Soak:
         """Have the file type for this machine chosen, which is done once and said on stderr."""
         first = Run("first", self._folder / "first", "chat", {})
         first.start("--seeds", "builtin", "--limit", "1")
-        first.process.wait(300)
+        first.process.wait(_PATIENCE)
+        first.close()
 
     def stop(self, *_: object) -> None:
         """Let no more go wrong, and judge what has been."""
@@ -321,11 +333,9 @@ class Soak:
     def close(self) -> None:
         """End what still runs."""
         self.endpoint.shutdown()
+        self.endpoint.server_close()
         for run in self.runs:
-            process = getattr(run, "process", None)
-            if process and process.poll() is None:
-                process.kill()
-                process.wait()
+            run.close()
         self.disk.unmount()
 
     def _watch(self) -> None:
