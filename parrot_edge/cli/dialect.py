@@ -60,14 +60,30 @@ def dialect() -> None:
 @dialect.command()
 @click.option("-o", "--output", required=True, metavar="DIR", help="Folder for sounds and manifest.jsonl.")
 @click.option(
+    "--source",
+    type=click.Choice(["espeak-ng", "flite", "kokoro"]),
+    default="espeak-ng",
+    show_default=True,
+    help="Which synthesiser speaks.",
+)
+@click.option(
+    "--model",
+    metavar="DIR",
+    help="Kokoro's model, as the hub's onnx-community/Kokoro-82M-v1.0-ONNX has it.",
+)
+@click.option(
     "--voice",
     "voices",
     metavar="LABEL=VOICE",
     multiple=True,
-    help="A label and its espeak-ng voice; may be given again.  [default: six kinds of English]",
+    help="A label and a voice that speaks it; may be given again.  [default: English ones]",
 )
 @click.option(
-    "--speakers", type=click.IntRange(2), default=20, show_default=True, help="Timbres of each label."
+    "--speakers",
+    type=click.IntRange(2),
+    default=20,
+    show_default=True,
+    help="Timbres of each of espeak-ng's voices; others' voices are speakers themselves.",
 )
 @click.option(
     "--sentences", type=click.IntRange(1), default=10, show_default=True, help="Recordings of each speaker."
@@ -77,33 +93,48 @@ def dialect() -> None:
 )
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of all random numbers.")
 def synthesize(
-    output: str, voices: tuple[str, ...], speakers: int, sentences: int, text: str | None, seed: int
+    output: str,
+    source: str,
+    model: str | None,
+    voices: tuple[str, ...],
+    speakers: int,
+    sentences: int,
+    text: str | None,
+    seed: int,
 ) -> None:
-    """Make a corpus to practise on with espeak-ng, which must be installed.
+    """Make a corpus to practise on with a synthesiser, which must be installed.
 
-    A model that knows only one synthesiser hears that synthesiser, not people: what is measured on such a
-    corpus says nothing of real speech.
+    A model that knows only one synthesiser hears that synthesiser, not people: mix several, and hold one out.
 
     \b
     Examples:
       parrot dialect synthesize -o practice
       parrot dialect synthesize -o brazil --voice br=pt-br --voice pt=pt --text sentences.txt
+      parrot dialect synthesize -o more --source flite --voice us=rms --voice us=slt --voice scotland=awb
+      parrot dialect synthesize -o better --source kokoro --model Kokoro-82M-v1.0-ONNX
     """
     from parrot_edge.dialect import synthesize as synthesis
+    from parrot_edge.dialect.voices import ENGLISH, FLITE, espeak_voices, flite_voices, kokoro_voices
 
-    chosen = dict(synthesis.ENGLISH)
-    if voices:
-        chosen = {}
-        for each in voices:
-            label, equals, voice = each.partition("=")
-            if not (label and equals and voice):
-                raise UsageError(f"--voice {each}: write LABEL=VOICE")
-            chosen[label] = voice
+    if (source == "kokoro") != (model is not None):
+        raise UsageError("--source kokoro and --model DIR belong together")
+    wishes = [_parse_wish(each) for each in voices]
+    if source == "espeak-ng":
+        chosen = espeak_voices(wishes or ENGLISH, speakers=speakers, seed=seed)
+    elif source == "flite":
+        chosen = flite_voices(wishes or FLITE, seed=seed)
+    else:
+        chosen = kokoro_voices(str(model), wishes, seed=seed)
     texts = [line.text().strip() for line in read_lines(text)] if text else synthesis.builtin_sentences()
-    count = synthesis.synthesize(
-        Path(output), chosen, texts, speakers=speakers, sentences=sentences, seed=seed
-    )
+    count = synthesis.synthesize(Path(output), chosen, texts, sentences=sentences, seed=seed)
     _say(f"parrot: {count} recordings, see {Path(output) / 'manifest.jsonl'}")
+
+
+def _parse_wish(text: str) -> tuple[str, str]:
+    label, equals, voice = text.partition("=")
+    if not (label and equals and voice):
+        raise UsageError(f"--voice {text}: write LABEL=VOICE")
+    return label, voice
 
 
 @dialect.command()
