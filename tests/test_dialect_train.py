@@ -99,7 +99,7 @@ def test_killed_run_goes_on_to_the_same_weights(trained: Path, tmp_path: Path) -
     with pytest.raises(OutputError, match="--resume"):
         train(recipe, killed)
     with pytest.raises(OutputError, match="another recipe"):
-        train(replace(recipe, optim=replace(recipe.optim, margin=0.1)), killed, resume=True)
+        train(replace(recipe, optim=replace(recipe.optim, margin=0.3)), killed, resume=True)
     said: list[str] = []
     train(recipe, killed, resume=True, say=said.append)
     assert "going on with epoch 3" in said
@@ -288,3 +288,24 @@ def test_train_command_trains_what_its_recipe_says(trained: Path, tmp_path: Path
     with pytest.raises(UsageError, match="one speaker only"):
         run("train", "dialect-small", "--data", lonely, "-o", tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_recordings_seed_dialogues_of_people_who_speak_so(trained: Path, tmp_path: Path) -> None:
+    """The pipe: identify's seeds go into simulate, and the dialect into Ask's persona and into the row."""
+    wavs = [trained / "high-0-2.wav", trained / "low-1-2.wav"]
+    seeds = run("identify", *wavs, "--model", trained / "run", "--topic", "a late train").stdout
+    command = Parrot([str(Path(__file__).with_name("scripted_parrot.py"))], tmp_path)
+    done = command("simulate", "--turns", 1, input=seeds)
+    command.end()
+    rows = sorted((json.loads(line) for line in done.stdout.splitlines()), key=lambda row: row["path"])
+    assert [(row["path"], row["dialect"]) for row in rows] == [(str(wavs[0]), "high"), (str(wavs[1]), "low")]
+    assert rows[0]["topic"] == "a late train"
+    assert rows[0]["persona"] == "someone who speaks the dialect high"
+    assert len(rows[0]["messages"]) == 2
+    click = tmp_path / "click.wav"
+    write_wave(click, np.eye(1, RATE, 99, dtype=np.float32)[0])  # a click
+    quiet = run("identify", click, "--model", trained / "run", "--topic", "a late train")
+    assert not quiet.stdout
+    assert "no dialect was heard" in quiet.stderr
+    with pytest.raises(UsageError, match="--pcm has no end"):
+        run("identify", "--pcm", "--model", trained / "run", "--topic", "a late train")

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,8 +16,13 @@ from parrot_edge.errors import InputError, UsageError
 from parrot_edge.jsonl import Writer, read_lines
 from parrot_edge.recipe import DialectRecipe, load_recipe
 
+if TYPE_CHECKING:
+    from parrot_edge.dialect.runtime import Runtime
+
 _model_option = click.option(
-    "--model", required=True, metavar="MODEL", help="A model.onnx, or the folder of a training run."
+    "--model",
+    metavar="MODEL",
+    help="A model.onnx, or the folder of a training run.  [default: a demonstration, US and British English]",
 )
 _threads_option = click.option(
     "--threads", type=click.IntRange(1), default=1, show_default=True, help="CPU threads of the network."
@@ -40,6 +45,18 @@ _column_option = click.option(
 
 def _say(line: str) -> None:
     click.echo(line, err=True)
+
+
+def _open_model(model: str | None, threads: int) -> Runtime:
+    from parrot_edge.dialect.runtime import DEMONSTRATION, Runtime
+
+    runtime = Runtime(model or DEMONSTRATION, threads=threads)
+    if model is None:
+        _say(
+            f"parrot: without --model a demonstration tells {' and '.join(runtime.labels)} English apart; "
+            "it knows synthesisers, not people: train your own"
+        )
+    return runtime
 
 
 @click.group()
@@ -243,7 +260,7 @@ def train(
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def evaluate(
     corpora: tuple[str, ...],
-    model: str,
+    model: str | None,
     held_out: bool,
     lengths: tuple[float, ...],
     pictures: str | None,
@@ -264,14 +281,15 @@ def evaluate(
     """
     from parrot_edge.dialect.corpus import read_corpus, split_by_speaker
     from parrot_edge.dialect.evaluate import evaluate_corpus, score_corpus
-    from parrot_edge.dialect.runtime import Runtime
 
-    runtime = Runtime(model, threads=threads)
+    runtime = _open_model(model, threads)
     found = [each for place in corpora for each in read_corpus(place, label_column=label_column)]
     if held_out:
         split = runtime.card.split
         if not split:
-            raise UsageError(f"{model} held back a corpus of its own; measure on that, without --held-out")
+            raise UsageError(
+                f"{runtime.card.name} held back a corpus of its own; measure on that, without --held-out"
+            )
         found = list(
             split_by_speaker(found, split["held_out"], split["seed"], sources=split["sources"]).held_out
         )
@@ -348,16 +366,22 @@ def export(run: str, output: str, force: bool) -> None:
 @click.option(
     "--rate", type=click.IntRange(4000, 384000), default=16000, show_default=True, help="Of --pcm, in Hz."
 )
+@click.option(
+    "--topic",
+    metavar="TEXT",
+    help="Write a seed for `parrot simulate` a recording: someone who speaks its dialect asks about this.",
+)
 @_threads_option
 @_on_error_option
 def identify(
     files: tuple[str, ...],
-    model: str,
+    model: str | None,
     output: str,
     force: bool,
     window: float,
     pcm: bool,
     rate: int,
+    topic: str | None,
     threads: int,
     on_error: str,
 ) -> None:
@@ -372,15 +396,17 @@ def identify(
       parrot dialect identify *.wav --model dialect > rows.jsonl
       parrot dialect identify - --model dialect --on-error skip < manifest.jsonl
       arecord -f S16_LE -r 16000 -t raw | parrot dialect identify --pcm --model dialect
+      parrot dialect identify *.wav --topic "a train that is late" | parrot simulate -o dialogues.jsonl
     """
     from parrot_edge.dialect.audio import require_audio
-    from parrot_edge.dialect.identify import identify_file, identify_stream, read_pcm
-    from parrot_edge.dialect.runtime import Runtime
+    from parrot_edge.dialect.identify import identify_file, identify_stream, read_pcm, seed_row
 
     if pcm and files not in ((), ("-",)):
         raise UsageError("--pcm takes sound from stdin; leave the file names out")
+    if pcm and topic:
+        raise UsageError("--topic makes a seed of a recording, and --pcm has no end; give one of them")
     require_audio()
-    runtime = Runtime(model, threads=threads)
+    runtime = _open_model(model, threads)
     with Writer(output, force=force) as writer:
         if pcm:
             for answer in identify_stream(runtime, read_pcm(sys.stdin.buffer, rate), window=window):
@@ -389,8 +415,14 @@ def identify(
         for wanted in _wanted(files or ("-",)):
             try:
                 path, start, end = wanted()
-                for answer in identify_file(runtime, path, start, end, window=window):
-                    writer.write(answer.row(path))
+                answers = identify_file(runtime, path, start, end, window=window)
+                if topic is None:
+                    for answer in answers:
+                        writer.write(answer.row(path))
+                elif row := seed_row(path, list(answers), topic):
+                    writer.write(row)
+                else:
+                    _say(f"parrot: no seed: no dialect was heard in {path}")
             except InputError as error:
                 if on_error == "stop":
                     raise

@@ -10,6 +10,8 @@ from parrot_edge.dialect.augment import mask_spectrum
 from parrot_edge.dialect.features import FRAMES_PER_SECOND, FeatureStore, normalize
 from parrot_edge.recipe import DialectRecipe
 
+_ALTERED_RISE = 0.25  # of a run's epochs, in which the share of altered recordings grows to its full size
+
 
 class Batches:
     """The training side of a run.
@@ -22,10 +24,14 @@ class Batches:
         self.steps = max(1, len(labels) // recipe.optim.batch_size)
 
     def epoch(self, number: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Features float32 (B, F, 80) and labels int64 (B,), `steps` times; F is drawn for each batch."""
+        """Features float32 (B, F, 80) and labels int64 (B,), `steps` times; F is drawn for each batch.
+
+        The first epoch takes the clean recordings alone, as dialects are heard sooner in them.
+        """
         recipe = self._recipe
         random = np.random.default_rng((recipe.run.seed, number))
         order = self._order(random)
+        altered = min(1.0, number / (_ALTERED_RISE * recipe.optim.epochs))
         low = round(recipe.data.min_seconds * FRAMES_PER_SECOND)
         high = round(recipe.data.seconds * FRAMES_PER_SECOND)
         for step in range(self.steps):
@@ -34,6 +40,8 @@ class Batches:
             stretches = []
             for at in chosen:
                 copy = int(random.integers(0, self._store.copies + 1))
+                if random.random() >= altered:
+                    copy = 0
                 features = normalize(draw_stretch(self._store[int(at), copy], frames, random))
                 stretches.append(mask_spectrum(features, recipe.augment.masks, random))
             yield np.stack(stretches), self._labels[chosen]

@@ -6,7 +6,8 @@ calibrated. A window without speech is answered by no label. It writes nothing; 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -48,6 +49,34 @@ class Answer:
     def row(self, path: str) -> dict[str, Any]:
         """As a row of output."""
         return {"path": path, **vars(self)}
+
+
+def seed_row(path: str, answers: Sequence[Answer], topic: str) -> dict[str, Any] | None:
+    """What was heard in a recording as a seed of a dialogue: someone who speaks so asks about a topic.
+
+    The dialect is the one that was heard for most seconds; None where there was none.
+
+    >>> row = seed_row("a.wav", [Answer(0.0, 9.5, "Hokkien", {"Hokkien": 1.0}, False)], "trains")
+    >>> row["topic"], row["persona"], row["dialect"]
+    ('trains', 'someone who speaks the dialect Hokkien', 'Hokkien')
+    """
+    seconds: Counter[str] = Counter()
+    for answer in answers:
+        if answer.label is not None:
+            seconds[answer.label] += answer.end - answer.start
+    if not seconds:
+        return None
+    [(dialect, _)] = seconds.most_common(1)
+    start, end = answers[0].start, answers[-1].end
+    return {
+        "id": f"{path}:{start:g}-{end:g}",
+        "topic": topic,
+        "persona": f"someone who speaks the dialect {dialect}",
+        "dialect": dialect,
+        "path": path,
+        "start": start,
+        "end": end,
+    }
 
 
 class Listener:

@@ -46,7 +46,7 @@ Say = Callable[[str], None]
 
 _HELD_OUT_FRAMES = 1000  # of a longer recording the first ten seconds are measured
 _WARM_UP = 0.1  # of all steps
-_MARGIN_RISE = 0.25
+_MARGIN_RISE = 0.5
 
 
 @dataclass
