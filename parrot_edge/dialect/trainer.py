@@ -312,8 +312,9 @@ def _finish(job: Job, folder: Path, model: Any, curve: list[dict[str, Any]], epo
     }
     (folder / "curve.jsonl").write_bytes(b"".join(map(encode, curve)))
     pictures.draw_curve([line.row() for line in read_lines(folder / "curve.jsonl")], folder / "curve.png")
-    pictures.draw_confusion(scores, folder / "confusion.png")
-    pictures.draw_det(scores, folder / "det.png")
+    calibrated = replace(scores, matrix=calibration.log_likelihoods(scores.matrix))
+    pictures.draw_confusion(calibrated, folder / "confusion.png")
+    pictures.draw_det(calibrated, folder / "det.png")
     write_card(folder / "README.md", recipe, record)
     write_json(folder / "training.json", record)
     (folder / "checkpoint.pt").unlink(missing_ok=True)
