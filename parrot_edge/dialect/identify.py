@@ -6,7 +6,7 @@ calibrated. A window without speech is answered by no label. It writes nothing; 
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,13 +60,13 @@ def seed_row(path: str, answers: Sequence[Answer], topic: str) -> dict[str, Any]
     >>> row["topic"], row["persona"], row["dialect"]
     ('trains', 'someone who speaks the dialect Hokkien', 'Hokkien')
     """
-    seconds: Counter[str] = Counter()
+    seconds: dict[str, float] = defaultdict(float)
     for answer in answers:
         if answer.label is not None:
             seconds[answer.label] += answer.end - answer.start
     if not seconds:
         return None
-    [(dialect, _)] = seconds.most_common(1)
+    dialect = max(seconds, key=seconds.__getitem__)
     start, end = answers[0].start, answers[-1].end
     return {
         "id": f"{path}:{start:g}-{end:g}",
