@@ -286,8 +286,8 @@ class DialectAugment:
 class DialectOptim:
     """How the network is fitted: AdamW, one cycle of the learning rate, AM-softmax (arXiv 1801.05599).
 
-    balance    what levels labels of different size: "draw" their recordings as often as others', "weigh"
-               their losses, or "none"
+    balance    what levels labels of different size: "draw" their recordings as often as others', and those of
+               each source as often within a label, "weigh" their losses, or "none"
     margin     of AM-softmax, reached after half of the run
     scale      of AM-softmax
     patience   end after so many epochs without a better held-out figure

@@ -57,6 +57,7 @@ class Job:
     labels: tuple[str, ...]
     train: FeatureStore
     train_labels: np.ndarray
+    train_sources: list[str]
     held_out: FeatureStore
     held_out_rows: list[Utterance]
     identity: str
@@ -137,6 +138,7 @@ def prepare(recipe: DialectRecipe, *, say: Say = lambda line: None) -> Job:
         labels,
         store,
         np.array([labels.index(each.label) for each in rows]),
+        [each.source for each in rows],
         held_out,
         held_rows,
         json.dumps([asdict(replace(recipe, name="")), store.identity, held_out.identity], sort_keys=True),
@@ -157,7 +159,7 @@ def _run(job: Job, folder: Path, say: Say) -> dict[str, Any]:
         torch.set_num_threads(recipe.run.threads)
     torch.manual_seed(recipe.run.seed)
     model = build_network(recipe.network, len(job.labels)).to(device)
-    batches = Batches(job.train, job.train_labels, recipe)
+    batches = Batches(job.train, job.train_labels, recipe, job.train_sources)
     optimizer = torch.optim.AdamW(model.parameters(), lr=optim.learning_rate, weight_decay=optim.weight_decay)
     weights = batches.class_weights()
     class_weights = None if weights is None else torch.from_numpy(weights).to(device)
