@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import reprlib
 from dataclasses import dataclass, field
 from typing import Any
 
+from parrot_edge.errors import shorten
 from parrot_edge.jsonl import Line
 
 ROLES = ("system", "user", "assistant")
@@ -103,9 +103,9 @@ def parse_messages(line: Line, value: object) -> tuple[Message, ...]:
         if not isinstance(item, dict) or not isinstance(item.get("content"), str) or "role" not in item:
             raise line.error(f'message {position} must be {{"role": ..., "content": text}}')
         if item["role"] not in ROLES:
-            role = reprlib.repr(item["role"])
+            role = shorten(item["role"])
             raise line.error(f"message {position} has role {role}; use one of {', '.join(ROLES)}")
-        _check_text(line, item["content"], f"message {position}")
+        line.check_text(item["content"], f"message {position}")
         messages.append(Message(item["role"], item["content"]))
     turns = messages[1:] if messages and messages[0].role == "system" else messages
     for offset, message in enumerate(turns):
@@ -129,18 +129,8 @@ def _take_text(line: Line, row: dict[str, Any], key: str) -> str | None:
         value = str(value)
     if not isinstance(value, str) or not value.strip():
         raise line.error(f'"{key}" must be a non-empty text')
-    _check_text(line, value, f'"{key}"')
+    line.check_text(value, f'"{key}"')
     return value
-
-
-def _check_text(line: Line, value: str, what: str) -> None:
-    """Refuse what JSON allows but no tokenizer can take: NUL and lone surrogates."""
-    if "\0" in value:
-        raise line.error(f"{what} holds a NUL character; remove it")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise line.error(f"{what} holds half of a surrogate pair; mend the escape") from None
 
 
 def content_id(value: object) -> str:

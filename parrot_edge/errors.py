@@ -8,10 +8,28 @@ prints it (exit 1). A mistake in how a command was called is a `UsageError` (exi
     ├── InputError      a bad line, named by file and line
     ├── OutputError     the output cannot take what is written to it
     ├── ModelError      a model, an adapter or its template cannot be used
-    └── EndpointError   a remote engine failed for good
+    ├── EndpointError   a remote engine failed for good
+    └── ClusterError    no cluster is there, or it has lost its workers
 """
 
 from __future__ import annotations
+
+import reprlib
+
+_repr = reprlib.Repr()
+_repr.maxlevel, _repr.maxstring = 2, 60
+
+
+def shorten(value: object) -> str:
+    """A user's value as a message shows it: on one line, however long or deep it is.
+
+    >>> shorten("a" * 100)
+    "'aaaaaaaaaaaaaaaaaaaaaaaaaaa...aaaaaaaaaaaaaaaaaaaaaaaaaaaa'"
+    """
+    try:
+        return _repr.repr(value)
+    except ValueError:  # Python does not write out numbers of thousands of digits
+        return "a number of thousands of digits"
 
 
 class ParrotError(Exception):
@@ -45,3 +63,7 @@ class ModelError(ParrotError):
 
 class EndpointError(ParrotError):
     """A remote endpoint kept failing after all retries."""
+
+
+class ClusterError(ParrotError):
+    """A Ray cluster cannot be joined or used, or has lost its workers."""

@@ -94,6 +94,12 @@ def average(figures: Collection[np.ndarray]) -> np.ndarray:
     return np.mean(known, axis=0) if known else np.full(1 + RESAMPLES, np.nan)
 
 
+def average_sources(sources: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The mean over sources of each of the figures that they have in common."""
+    keys = next(iter(sources.values()))
+    return {key: average([source[key] for source in sources.values()]) for key in keys}
+
+
 def readable(tree: Any) -> Any:
     """A report with each figure as `{"value", "low", "high"}` of six digits, or None where it is NaN."""
     if isinstance(tree, dict):

@@ -1,4 +1,7 @@
-"""Files of the Hugging Face hub: pinned to a commit, checked by hash, at hand without a network."""
+"""Files of the Hugging Face hub: pinned to a commit, checked by hash, at hand without a network.
+
+And the other way: what a user hands out, uploaded.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,12 @@ import os
 import re
 import sys
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
-from parrot_edge.errors import ModelError, UsageError
+from parrot_edge.errors import ModelError, UsageError, shorten
 from parrot_edge.store import cache_dir, lock, sha256_of
 
 
@@ -35,9 +39,13 @@ class HubFile:
         HubFile(repo='owner/repo', file='folder/model.gguf', revision='v1')
         """
         match = re.fullmatch(r"hf:([\w.-]+/[\w.-]+)/([^@]+)(?:@(.+))?", text)
-        if not match or {"", ".", ".."} & {*match[1].split("/"), *match[2].split("/")}:
+        if (
+            not match
+            or not text.isprintable()
+            or {"", ".", ".."} & {*match[1].split("/"), *match[2].split("/")}
+        ):
             raise UsageError(
-                f"{text} is no file of the hub; write hf:owner/repo/file.gguf, with @revision if wanted"
+                f"{shorten(text)} is no file of the hub; write hf:owner/repo/file.gguf, or that and @revision"
             )
         return cls(match[1], match[2], match[3] or "main")
 
@@ -156,3 +164,63 @@ def _is_whole(copy: Path) -> bool:
     """Whether a file in huggingface_hub's cache has the hash that the hub told."""
     blob = copy.readlink().name if copy.is_symlink() else ""  # of a large file, its SHA-256
     return not re.fullmatch(r"[0-9a-f]{64}", blob) or blob == sha256_of(copy)
+
+
+def check_upload(repo_id: str) -> str:
+    """The token to upload with, which comes from HF_TOKEN alone.
+
+    Raises `UsageError` where that is not set, or `repo_id` cannot be a repository.
+    """
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
+        raise UsageError(f"{repo_id!r} is no repository of the hub; write owner/name")
+    token = os.environ.get("HF_TOKEN")
+    if not token:
+        raise UsageError("HF_TOKEN is not set; put a token that may write into it")
+    return token
+
+
+def upload_files(
+    folder: Path,
+    patterns: Sequence[str],
+    repo_id: str,
+    *,
+    kind: Literal["model", "dataset"],
+    message: str,
+    private: bool = True,
+    endpoint: str | None = None,
+) -> str:
+    """Upload the files of a folder that match the patterns, in one commit, and return the address.
+
+    The repository is made where there is none, for its owner alone if `private`. Raises as
+    `check_upload` does, and `ModelError` where the hub refuses or is not there.
+    """
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.utils import disable_progress_bars
+
+    token = check_upload(repo_id)
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    api = HfApi(endpoint=endpoint, token=token)
+    try:
+        url = api.create_repo(repo_id, repo_type=kind, private=private, exist_ok=True)
+        api.upload_folder(
+            repo_id=repo_id,
+            repo_type=kind,
+            folder_path=folder,
+            allow_patterns=list(patterns),
+            commit_message=message,
+        )
+    except Exception as error:  # the HTTP library below changes between versions
+        raise _explain_upload(repo_id, error, offline=constants.HF_HUB_OFFLINE) from None
+    return str(url)
+
+
+def _explain_upload(repo_id: str, error: Exception, *, offline: bool) -> ModelError:
+    """What a failed upload means for the user."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if offline:
+        return ModelError(f"{repo_id} cannot be uploaded while HF_HUB_OFFLINE is set; unset it")
+    if status in (401, 403):
+        return ModelError(f"the hub does not let this HF_TOKEN write to {repo_id}; take one that may")
+    what = f"status {status}" if status else type(error).__name__
+    return ModelError(f"{repo_id} cannot be uploaded ({what}); what was uploaded stays, run it again")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import reprlib
 import stat
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -20,7 +19,7 @@ from threading import Thread
 from typing import Any
 
 from parrot_edge.dialogue import Seed, parse_seed
-from parrot_edge.errors import InputError, OutputError
+from parrot_edge.errors import InputError, OutputError, shorten
 from parrot_edge.jsonl import Line, Writer, read_lines
 
 
@@ -28,10 +27,11 @@ from parrot_edge.jsonl import Line, Writer, read_lines
 class Intake:
     """Seeds of a file or of stdin (`-`).
 
-    text     take a line that is no JSON object as a prompt
-    limit    stop after so many seeds
-    waiting  "user" or "assistant": whose message a dialogue without a stop reason must be waiting for
-    rejects  where bad lines go; without it the first one raises `InputError`
+    text          take a line that is no JSON object as a prompt
+    limit         stop after so many seeds
+    waiting       "user" or "assistant": whose message a dialogue without a stop reason must be waiting for
+    rejects       where bad lines go; without it the first one raises `InputError`
+    may_be_empty  whether an input without a line holds no seeds, rather than raising `InputError`
     """
 
     path: str = "-"
@@ -39,11 +39,13 @@ class Intake:
     limit: int | None = None
     waiting: str | None = None
     rejects: Rejects | None = None
+    may_be_empty: bool = False
 
     def count(self) -> int | None:
         """How many seeds there are, all of them checked, or None for a pipe.
 
-        Raises `InputError` for the first bad line unless rejects are taken, and where there is no line.
+        Raises `InputError` for the first bad line unless rejects are taken, and where there is no line
+        but should be.
         """
         if not self._can_be_read_twice():
             return None
@@ -79,7 +81,7 @@ class Intake:
                     self._check_turn(line, seed)
                     if seed.id in seen:
                         raise line.error(
-                            f"has the id of line {seen[seed.id]}, {reprlib.repr(seed.id)}; ids must differ, "
+                            f"has the id of line {seen[seed.id]}, {shorten(seed.id)}; ids must differ, "
                             "and rows that say the same need ids of their own"
                         )
                 except InputError as error:
@@ -89,7 +91,7 @@ class Intake:
                     continue
                 seen[seed.id] = line.number
                 yield seed
-            if empty:
+            if empty and not self.may_be_empty:
                 source = "<stdin>" if self.path == "-" else self.path
                 raise InputError("holds no rows; one JSON object per line is expected", source=source)
 

@@ -43,12 +43,23 @@ class Journal:
     first message. A torn last line, in either file, is mended: its dialogue is carried on from its
     last whole line.
 
-    finished   ids of the rows in OUT
+    `verb` is whose output OUT is, and `key` one that each of its rows has: a file of something else is
+    refused.
+
+    finished   ids of the rows in OUT, and those that were dropped
+    dropped    why, of the ids that get no row
     under_way  dialogues without a row, as far as they were recorded when the journal was opened
     """
 
     def __init__(
-        self, path: Path, settings: Mapping[str, Any], *, resume: bool = False, force: bool = False
+        self,
+        path: Path,
+        settings: Mapping[str, Any],
+        *,
+        resume: bool = False,
+        force: bool = False,
+        verb: str = "simulate",
+        key: str = "stop_reason",
     ) -> None:
         if os.path.isdir(path):
             raise OutputError(f"{path} is a directory; name a file")
@@ -57,15 +68,16 @@ class Journal:
         self.path = path
         self.journal_path = path.with_name(path.name + ".journal")
         if resume and os.path.exists(path) and not os.path.exists(self.journal_path):
-            _read_ids(path)  # raises where this is no output, before anything of it is mended
+            _read_ids(path, verb, key)  # raises where this is no output, before anything of it is mended
         self._output = Appender(path, truncate=not resume)
         self._journal: Appender | None = None
         self._is_untouched = not resume
         self.finished: set[str] = set()
+        self.dropped: dict[str, str] = {}
         self.under_way: dict[str, Progress] = {}
         try:
             if resume:
-                self.finished = _read_ids(path)
+                self.finished = _read_ids(path, verb, key)
                 self._recall(dict(settings))
                 self._output.sync()  # the journal is about to forget what is finished
             self._start_journal({"settings": dict(settings)})
@@ -84,12 +96,15 @@ class Journal:
         lines = read_lines(self.journal_path)
         first = next(lines, None)
         if first is not None:
-            _check_settings(first.row().get("settings"), settings, self.path)
+            check_settings(first.row().get("settings"), settings, self.path)
         for line in lines:
             entry = line.row()
             try:
                 identity = entry["id"]
                 if identity in self.finished:
+                    continue
+                if "dropped" in entry:
+                    self.dropped[identity] = entry["dropped"]
                     continue
                 progress = self.under_way.setdefault(identity, Progress())
                 progress.read += entry["read"]
@@ -103,12 +118,13 @@ class Journal:
                 raise line.error(
                     "is not a journal line; remove the file to start its dialogues anew"
                 ) from None
+        self.finished |= self.dropped.keys()
 
     def _start_journal(self, header: dict[str, Any]) -> None:
-        """Begin the journal anew with only what is under way, in place of the old one at once."""
+        """Begin the journal anew with only what OUT does not tell, in place of the old one at once."""
         draft = self.journal_path.with_name(self.journal_path.name + ".new")
         self._journal = Appender(draft, truncate=True)
-        lines = [encode(header)]
+        lines = [encode(header), *(encode(_drop_entry(*each)) for each in self.dropped.items())]
         for identity, progress in self.under_way.items():
             for index, message in enumerate(progress.messages):
                 costs = (progress.read, progress.made, progress.cut) if index == 0 else (0, 0, 0)
@@ -128,6 +144,13 @@ class Journal:
     def add_end(self, identity: str, stop_reason: str, *, read: int, made: int, cut: int) -> None:
         """Record that a dialogue ended, before its row is written."""
         self._append(_end_entry(identity, stop_reason, read, made, cut))
+
+    def add_drop(self, identity: str, reason: str) -> None:
+        """Record that an id gets no row, so that a run that is carried on does not try it again."""
+        self._append(_drop_entry(identity, reason))
+        self.dropped[identity] = reason
+        self.finished.add(identity)
+        self._begun.discard(identity)
 
     def _append(self, entry: dict[str, Any]) -> None:
         assert self._journal is not None
@@ -173,18 +196,23 @@ def _end_entry(identity: str, stop_reason: str, read: int, made: int, cut: int) 
     return {"id": identity, "stop_reason": stop_reason, "read": read, "made": made, "cut": cut}
 
 
-def _read_ids(path: Path) -> set[str]:
-    return {_row_id(line) for line in read_lines(path)}
+def _drop_entry(identity: str, reason: str) -> dict[str, Any]:
+    return {"id": identity, "dropped": reason}
 
 
-def _row_id(line: Line) -> str:
+def _read_ids(path: Path, verb: str, key: str) -> set[str]:
+    return {_row_id(line, verb, key) for line in read_lines(path)}
+
+
+def _row_id(line: Line, verb: str, key: str) -> str:
     row = line.row()
-    if not isinstance(row.get("id"), str) or "stop_reason" not in row:
-        raise line.error("is not a row of parrot simulate, so nothing was carried on; choose another -o")
+    if not isinstance(row.get("id"), str) or key not in row:
+        raise line.error(f"is not a row of parrot {verb}, so nothing was carried on; choose another -o")
     return row["id"]
 
 
-def _check_settings(old: object, new: dict[str, Any], path: Path) -> None:
+def check_settings(old: object, new: Mapping[str, Any], path: Path) -> None:
+    """Raise `UsageError` where a run was begun by other settings than those it is to be carried on with."""
     if not isinstance(old, dict):
         raise InputError("is not a journal; remove it to start anew", source=f"{path}.journal", line=1)
     for key, value in new.items():

@@ -72,8 +72,24 @@ class Line:
             raise self._too_deep()
         return row
 
+    def check_text(self, value: str, what: str) -> None:
+        """Refuse what JSON allows but neither tokenizers nor files take: NUL and lone surrogates."""
+        if "\0" in value:
+            raise self.error(f"{what} holds a NUL character; remove it")
+        if not is_unicode(value):
+            raise self.error(f"{what} holds half of a surrogate pair; mend the escape")
+
     def _too_deep(self) -> InputError:
         return self.error(f"nests deeper than {MAX_NESTING} levels; flatten it")
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written as UTF-8; halves of surrogate pairs, which escapes can spell, cannot."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _refuse_number(text: str) -> float:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
-import json
 import os
 import re
 import urllib.parse
@@ -25,7 +24,7 @@ from pathlib import Path
 
 from parrot_edge.errors import ModelError, UsageError
 from parrot_edge.hub import HubFile
-from parrot_edge.store import config_dir, write_json
+from parrot_edge.store import config_dir, parse_json, write_json
 
 EMBEDDED = "smollm2"
 """Short name of the model that comes with the installation."""
@@ -238,7 +237,7 @@ def _names() -> dict[str, str]:
 def _own_names() -> dict[str, str]:
     path = config_dir() / "models.json"
     try:
-        names = json.loads(path.read_text(encoding="utf-8"))
+        names = parse_json(path)
         if isinstance(names, dict) and all(isinstance(target, str) for target in names.values()):
             return names
     except (FileNotFoundError, NotADirectoryError):

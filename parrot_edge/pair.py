@@ -7,7 +7,7 @@ activated ones, share a context; any other adapter gets a context of its own.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +39,7 @@ class Load:
     context     tokens of the longest dialogue, or None for what turns and max_tokens need
     threads     or None for what suits the machine
     exact       see `Batcher`
+    requests    to an endpoint under way at once, or None for `parallel`
     """
 
     parallel: int
@@ -47,6 +48,11 @@ class Load:
     context: int | None = None
     threads: int | None = None
     exact: bool = False
+    requests: int | None = None
+
+    @property
+    def endpoint_requests(self) -> int:
+        return self.requests or self.parallel
 
 
 @asynccontextmanager
@@ -81,7 +87,7 @@ async def open_pair(
 
         for model in dict.fromkeys((ask, chat)):
             if isinstance(model, RemoteModel):
-                engines[model] = RemoteEngine(model.url, model.model, parallel=load.parallel)
+                engines[model] = RemoteEngine(model.url, model.model, parallel=load.endpoint_requests)
                 stack.push_async_callback(engines[model].aclose)
             else:
                 # In a thread, so that Ctrl-C is heard while a large file is read
@@ -116,41 +122,67 @@ def plan_contexts(
     """
     if not sides:
         return {}
-    headers = {side.path: Model(side.path, vocab_only=True) for side in sides}
     machine = inspect_machine()
     budget = machine.memory_available * MEMORY_SHARE
-    threads = load.threads or choose_threads(machine).count
-    weights = sum(path.stat().st_size for path in headers)
-
-    def shapes_at(parallel: int, share: float = 1.0) -> dict[LocalModel, ContextShape]:
-        lanes = min(parallel, MOST_LANES, MAX_SEQUENCES)
-        return {
-            side: ContextShape(lanes, int(_tokens_needed(headers[side.path], load) * share), threads)
-            for side in sides
-        }
-
-    def bytes_of(shapes: dict[LocalModel, ContextShape], parallel: int) -> float:
-        total = float(weights)
-        for side, shape in shapes.items():
-            model = headers[side.path]
-            waiting = conversations[side] * parallel // load.parallel - shape.sequences
-            total += shape.bytes(model) + max(0, waiting) * shape.tokens * model.kv_bytes_per_token
-        return total
-
+    plan = _Plan(sides, load, conversations, load.threads or choose_threads(machine).count)
     for share in (1.0, 0.75, 0.5):
-        shapes = shapes_at(load.parallel, share)
+        shapes = plan.shapes(load.parallel, share)
         if (
-            bytes_of(shapes, load.parallel) <= budget
+            plan.bytes(shapes, load.parallel) <= budget
             and min(s.tokens for s in shapes.values()) >= _LEAST_TOKENS
         ):
             return shapes
-    needed = bytes_of(shapes_at(load.parallel), load.parallel)
-    fitting = [n for n in range(1, load.parallel) if bytes_of(shapes_at(n), n) <= budget]
+    needed = plan.bytes_at(load.parallel)
+    fitting = [n for n in range(1, load.parallel) if plan.bytes_at(n) <= budget]
     advice = f"the largest --parallel that fits is {fitting[-1]}" if fitting else "not even one dialogue fits"
     raise ModelError(
         f"--parallel {load.parallel} needs {format_bytes(int(needed))} "
         f"and {format_bytes(int(budget))} can be used; {advice}"
     )
+
+
+def memory_needed(models: Iterable[LocalModel], load: Load) -> int:
+    """Bytes that a pair of local models takes where every dialogue is as long as can be.
+
+    Raises as `open_pair` does for what no machine can hold.
+    """
+    files = [_Side.of(model).file for model in models]
+    conversations = {file: files.count(file) * load.parallel for file in files}
+    return int(_Plan(list(conversations), load, conversations, threads=1).bytes_at(load.parallel))
+
+
+class _Plan:
+    """What contexts for some sides would take."""
+
+    def __init__(
+        self, sides: list[LocalModel], load: Load, conversations: dict[LocalModel, int], threads: int
+    ) -> None:
+        self._sides, self._load, self._conversations, self._threads = sides, load, conversations, threads
+        self._headers = {side.path: Model(side.path, vocab_only=True) for side in sides}
+        self._weights = sum(path.stat().st_size for path in self._headers)
+
+    def shapes(self, parallel: int, share: float = 1.0) -> dict[LocalModel, ContextShape]:
+        """Contexts for so many dialogues, each with a share of the longest one's tokens."""
+        lanes = min(parallel, MOST_LANES, MAX_SEQUENCES)
+        return {
+            side: ContextShape(
+                lanes, int(_tokens_needed(self._headers[side.path], self._load) * share), self._threads
+            )
+            for side in self._sides
+        }
+
+    def bytes(self, shapes: dict[LocalModel, ContextShape], parallel: int) -> float:
+        """Memory for the weights, the contexts, and the dialogues that wait beside them."""
+        total = float(self._weights)
+        for side, shape in shapes.items():
+            model = self._headers[side.path]
+            waiting = self._conversations[side] * parallel // self._load.parallel - shape.sequences
+            total += shape.bytes(model) + max(0, waiting) * shape.tokens * model.kv_bytes_per_token
+        return total
+
+    def bytes_at(self, parallel: int) -> float:
+        """The same with whole contexts."""
+        return self.bytes(self.shapes(parallel), parallel)
 
 
 def _tokens_needed(model: Model, load: Load) -> int:

@@ -13,17 +13,22 @@ from __future__ import annotations
 
 import difflib
 import importlib.resources
+import math
 import typing
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from parrot_edge.errors import InputError, UsageError
+from parrot_edge.errors import InputError, UsageError, shorten
+from parrot_edge.jsonl import is_unicode
 from parrot_edge.store import new_file
 
 if TYPE_CHECKING:
     from importlib.abc import Traversable
+
+_MOST_BYTES = 2**20
 
 
 def _number(default: float, low: float, high: float = float("inf")) -> Any:
@@ -397,8 +402,8 @@ def load_recipe(name: str | Path, overrides: Iterable[str] = ()) -> Any:
     try:
         values = _parse_yaml(file.text)
         kind = values.get("kind")
-        if kind not in KINDS:
-            raise ValueError(f"kind is {kind!r}; use one of {', '.join(KINDS)}")
+        if not isinstance(kind, str) or kind not in KINDS:
+            raise ValueError(f"kind is {shorten(kind)}; use one of {', '.join(KINDS)}")
         flat = dict(_flatten(values, _keys(KINDS[kind])))
         flat.setdefault("name", file.name)
         recipe = _build(KINDS[kind], flat)
@@ -408,12 +413,12 @@ def load_recipe(name: str | Path, overrides: Iterable[str] = ()) -> Any:
     try:
         for override in overrides:
             key, equals, text = override.partition("=")
-            if not equals:
+            if not equals or not is_unicode(override):
                 raise ValueError("write section.key=value")
             flat |= _flatten({key.strip(): _from_text(text)}, _keys(KINDS[kind]))
         return _build(KINDS[kind], flat) if override else recipe
     except ValueError as error:
-        raise UsageError(f"--set {override}: {error}") from None
+        raise UsageError(f"--set {override[:100]}: {error}") from None
 
 
 def copy_recipe(name: str, target: str | Path, *, force: bool = False) -> Path:
@@ -449,7 +454,11 @@ def _folder() -> Traversable:
 
 def _read(path: Traversable) -> RecipeFile:
     try:
-        return RecipeFile(path.name.rpartition(".")[0], path.read_text(encoding="utf-8"), str(path))
+        with path.open("rb") as file:
+            data = file.read(_MOST_BYTES + 1)
+        if len(data) > _MOST_BYTES:
+            raise InputError(f"is longer than {_MOST_BYTES // 2**20} MiB, so no recipe", source=str(path))
+        return RecipeFile(path.name.rpartition(".")[0], data.decode("utf-8"), str(path))
     except OSError as error:
         raise InputError(f"cannot be read: {error.strerror}", source=str(path)) from None
     except UnicodeDecodeError:
@@ -457,29 +466,49 @@ def _read(path: Traversable) -> RecipeFile:
 
 
 def _parse_yaml(text: str) -> dict[str, Any]:
-    """A YAML mapping; raises `ValueError`, also for a key that stands twice."""
+    """A YAML mapping; raises `ValueError`, also for a key that stands twice and for aliases."""
     import yaml
 
     try:
-        _refuse_duplicates(yaml.compose(text, Loader=yaml.SafeLoader))
-        values = yaml.safe_load(text)
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        _check_nodes(node)
+        values = None if node is None else loader.construct_document(node)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f" in line {mark.line + 1}" if mark else ""
-        raise ValueError(f"is not YAML{place}: {getattr(error, 'problem', None) or error}") from None
+        reason = getattr(error, "problem", None) or getattr(error, "reason", None) or "damaged"
+        raise ValueError(f"is not YAML{place}: {reason}") from None
+    except RecursionError:
+        raise ValueError("nests too deep; flatten it") from None
+    except (LookupError, AttributeError, TypeError, ArithmeticError):  # a tag such as !!int before a text
+        raise ValueError("has a value that is not of the type in its tag; leave the tag out") from None
     if not isinstance(values, dict):
         raise ValueError("holds no keys")
     return values
 
 
-def _refuse_duplicates(node: Any) -> None:
-    pairs = node.value if node is not None and node.id == "mapping" else []
-    names = [key.value for key, _ in pairs]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"{name} stands twice")
-    for _, value in pairs:
-        _refuse_duplicates(value)
+def _check_nodes(root: Any) -> None:
+    """Refuse keys that stand twice, halves of surrogate pairs, and aliases: a few lines of those can stand
+    for more than fits into memory."""
+    nodes, seen = [root] if root is not None else [], set()
+    while nodes:
+        node = nodes.pop()
+        line = node.start_mark.line + 1
+        if id(node) in seen:
+            raise ValueError(f"repeats the value of line {line} by an alias; write it out")
+        seen.add(id(node))
+        if node.id == "scalar":
+            if not is_unicode(node.value):
+                raise ValueError(f"holds half of a surrogate pair in line {line}; mend the escape")
+        elif node.id == "sequence":
+            nodes += node.value
+        else:
+            names = Counter(key.value for key, _ in node.value if key.id == "scalar")
+            for name, number in names.items():
+                if number > 1:
+                    raise ValueError(f"{shorten(name)} stands twice")
+            nodes += [part for pair in node.value for part in pair]
 
 
 def _keys(kind: type, prefix: str = "") -> dict[str, Any]:
@@ -500,10 +529,10 @@ def _flatten(values: Mapping[Any, Any], keys: dict[str, Any], prefix: str = "") 
         key = f"{prefix}{name}"
         if any(known.startswith(f"{key}.") for known in keys):
             if not isinstance(value, Mapping):
-                raise ValueError(f"{key} is a section and takes keys, not {value!r}")
+                raise ValueError(f"{key} is a section and takes keys, not {shorten(value)}")
             yield from _flatten(value, keys, f"{key}.")
         elif key not in keys:
-            raise ValueError(f"there is no key {key!r}{_nearest(key, keys)}")
+            raise ValueError(f"there is no key {shorten(key)}{_nearest(key, keys)}")
         else:
             yield key, _convert(key, value, *keys[key])
 
@@ -513,13 +542,14 @@ def _convert(key: str, value: Any, hint: Any, item: Any) -> Any:
     if typing.get_origin(hint) is Literal:
         # YAML 1.1 reads a bare `none` as text, but `no` and `off` as false
         if value not in typing.get_args(hint):
-            raise ValueError(f"{key} is {value!r}; use one of {', '.join(map(str, typing.get_args(hint)))}")
+            known = ", ".join(map(str, typing.get_args(hint)))
+            raise ValueError(f"{key} is {shorten(value)}; use one of {known}")
         return value
     if typing.get_origin(hint) is tuple:
         kind = typing.get_args(hint)[0]
         parts = value.split(",") if isinstance(value, str) else value
         if not isinstance(parts, list) or (kind is str and not all(isinstance(part, str) for part in parts)):
-            raise ValueError(f"{key} is {value!r}; it takes a list of {_LIST_NAMES[kind]}")
+            raise ValueError(f"{key} is {shorten(value)}; it takes a list of {_LIST_NAMES[kind]}")
         if kind is not str:
             return tuple(_number_of(key, part, kind) for part in parts)
         return tuple(part.strip() for part in parts if part.strip())
@@ -528,12 +558,12 @@ def _convert(key: str, value: Any, hint: Any, item: Any) -> Any:
         low, high = item.metadata.get("range", (-float("inf"), float("inf")))
         if not low <= value <= high:
             bounds = f"at least {low:g}" if high == float("inf") else f"{low:g} to {high:g}"
-            raise ValueError(f"{key} is {value:g}; it must be {bounds}")
+            raise ValueError(f"{key} is {shorten(value)}; it must be {bounds}")
         return value
     if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
         value = str(value)
     if not isinstance(value, hint):
-        raise ValueError(f"{key} is {value!r}; it takes {_TYPE_NAMES[hint]}")
+        raise ValueError(f"{key} is {shorten(value)}; it takes {_TYPE_NAMES[hint]}")
     return value
 
 
@@ -545,9 +575,12 @@ def _number_of(key: str, value: Any, hint: type) -> Any:
     try:
         if isinstance(value, bool) or (hint is int and isinstance(value, float) and value % 1):
             raise ValueError
-        return hint(value)  # YAML 1.1 reads 3e-5 as text: a float must have a point
-    except (TypeError, ValueError):
-        raise ValueError(f"{key} is {value!r}; it takes {_TYPE_NAMES[hint]}") from None
+        number = hint(value)  # YAML 1.1 reads 3e-5 as text: a float must have a point
+        if not math.isfinite(number):
+            raise ValueError
+        return number
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"{key} is {shorten(value)}; it takes {_TYPE_NAMES[hint]}") from None
 
 
 def _from_text(text: str) -> Any:
@@ -571,7 +604,7 @@ def _build(kind: type, flat: dict[str, Any], prefix: str = "") -> Any:
 
 def _nearest(name: str, known: Iterable[str]) -> str:
     """A hint at the nearest known name, by the whole key or its last part."""
-    known = list(known)
+    known, name = list(known), name[:100]
     ends = {key.rpartition(".")[2]: key for key in known}
     last = name.rpartition(".")[2]
     close = difflib.get_close_matches(name, known, n=1) or [

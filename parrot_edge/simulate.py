@@ -61,6 +61,7 @@ class RowsOnly:
 
     def __init__(self, write: Callable[[dict[str, Any]], None]) -> None:
         self.finished: set[str] = set()
+        self.dropped: dict[str, str] = {}
         self.under_way: dict[str, Progress] = {}
         self._write = write
 
@@ -68,6 +69,9 @@ class RowsOnly:
         pass
 
     def add_end(self, identity: str, stop_reason: str, *, read: int, made: int, cut: int) -> None:
+        pass
+
+    def add_drop(self, identity: str, reason: str) -> None:
         pass
 
     def add_row(self, row: dict[str, Any]) -> None:
@@ -127,12 +131,8 @@ class Run:
             if seed.id not in self.recorder.finished:
                 await self._simulate(seed, tally)
 
-        sync = asyncio.create_task(self._sync_regularly())
-        try:
+        async with synced_regularly(self.recorder.sync):
             await take_in_turn(seeds, work, self.settings.parallel)
-        finally:
-            sync.cancel()
-            await sync  # raises where the disk did
         return tally
 
     async def _simulate(self, seed: Seed, tally: Tally) -> None:
@@ -215,11 +215,23 @@ class Run:
             row["persona"] = seed.persona
         return row | {key: value for key, value in seed.extra.items() if key not in row}
 
-    async def _sync_regularly(self) -> None:
+
+@contextlib.asynccontextmanager
+async def synced_regularly(sync: Callable[[], None]) -> AsyncIterator[None]:
+    """Call `sync` about once a second, beside what is done meanwhile; raises what it raises."""
+
+    async def sync_for_ever() -> None:
         with contextlib.suppress(asyncio.CancelledError):
             while True:
                 await asyncio.sleep(_SECONDS_BETWEEN_SYNCS)
-                await asyncio.to_thread(self.recorder.sync)
+                await asyncio.to_thread(sync)
+
+    task = asyncio.create_task(sync_for_ever())
+    try:
+        yield
+    finally:
+        task.cancel()
+        await task  # raises where the disk did
 
 
 def concerns_one_dialogue(error: ParrotError) -> bool:

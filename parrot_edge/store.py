@@ -38,10 +38,18 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def parse_json(path: Path) -> Any:
+    """The JSON value in a file; raises `OSError`, or `ValueError` where it is damaged or nests too deep."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("nests too deep") from None
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object that was written here; {} where it is missing or damaged, as it can be made again."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path)
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}

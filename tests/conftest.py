@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from upload_hub import UploadHub, serve_uploads
 
 from parrot_edge.models import embedded_path
 
@@ -112,3 +113,14 @@ def toolkit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (home / "cache" / "llama.cpp").symlink_to(folder.parent)
     monkeypatch.setenv("PARROT_HOME", str(home))
     return folder
+
+
+@pytest.fixture
+def upload_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[UploadHub]:
+    """A hub on loopback that takes what is uploaded with the token of HF_TOKEN."""
+    from huggingface_hub import constants
+
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    with serve_uploads() as hub:
+        yield hub

@@ -11,6 +11,10 @@ the third turn. The environment sets
                    that was answered
     TEAR_WRITE     the how-manieth write to a file dies: it writes a part and kills the process
     FULL_AFTER     bytes after which the disk is full
+    PATIENCE       seconds for which a Ray cluster may have no worker
+    RAY_VERSION    the version that Ray says it has
+
+The workers of a Ray cluster invent in the same way.
 """
 
 from __future__ import annotations
@@ -25,12 +29,16 @@ import sys
 import types
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
 
 from parrot_edge.cli import main, options
 from parrot_edge.engine.base import Reply, Request
 from parrot_edge.engine.scripted import ScriptedEngine
+from parrot_edge.models import LocalModel
 
 _write = os.write
+_REPLIES = {name: os.environ[name] for name in ("REPLY_SECONDS", "REPLY_LOG") if name in os.environ}
 
 
 class InventiveEngine(ScriptedEngine):
@@ -61,8 +69,22 @@ def invent(request: Request) -> Reply:
     return Reply(text, finish, prompt_tokens=99, new_tokens=7, completion_tokens=5)
 
 
+@dataclass(frozen=True)
+class Load:
+    """As much of `pair.Load` as is looked at."""
+
+    parallel: int
+    turns: int
+    max_tokens: int
+    context: int | None = None
+    threads: int | None = None
+    exact: bool = False
+    requests: int | None = None
+
+
 @asynccontextmanager
 async def open_pair(*_: object) -> AsyncIterator[tuple[ScriptedEngine, ScriptedEngine]]:
+    os.environ.update(_REPLIES)  # in a worker it is the node's environment
     yield InventiveEngine(invent, parallel=64, name="ask"), InventiveEngine(invent, parallel=64, name="chat")
 
 
@@ -98,12 +120,21 @@ def fill_disk(room: int) -> None:
 
 if __name__ == "__main__":
     pair = types.ModuleType("parrot_edge.pair")
-    pair.Load = lambda *_, **__: None  # type: ignore[attr-defined]
+    pair.Load = Load  # type: ignore[attr-defined]
+    pair.memory_needed = lambda *_: 2**20  # type: ignore[attr-defined]
     pair.open_pair = open_pair  # type: ignore[attr-defined]
     sys.modules["parrot_edge.pair"] = pair
-    options.find_model = lambda text, **_: types.SimpleNamespace(name=text)
+    options.find_model = lambda text, **_: LocalModel(text, Path(__file__))
     if number := os.environ.get("TEAR_WRITE"):
         tear_write(int(number))
     if room := os.environ.get("FULL_AFTER"):
         fill_disk(int(room))
+    if seconds := os.environ.get("PATIENCE"):
+        from parrot_edge.cluster import engine
+
+        engine.PATIENCE = float(seconds)
+    if version := os.environ.get("RAY_VERSION"):
+        import ray
+
+        ray.__version__ = version
     main()

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import json
 import shutil
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pytest
 import yaml
 from click.testing import CliRunner
-from huggingface_hub import constants as hub_constants
+from upload_hub import UploadHub
 
 from parrot_edge.cli.models import models as models_command
 from parrot_edge.convert.deliver import Release, check_base, push, write_delivery
@@ -146,84 +141,6 @@ def test_models_add_refuses_a_foreign_base_and_a_taken_name(
 # The hub
 
 
-class Hub:
-    """A hub on loopback that takes uploads: `files` by path, `repos` as they were asked for."""
-
-    def __init__(self) -> None:
-        self.files: dict[str, bytes] = {}
-        self.repos: list[dict[str, Any]] = []
-        self.tokens: set[str | None] = set()
-        self.blobs: dict[str, bytes] = {}
-        self.refuses = False
-        self.url = ""
-
-    def answer(self, path: str, body: bytes) -> Any:
-        if path == "/api/repos/create":
-            self.repos.append(json.loads(body))
-            return {"url": f"{self.url}/someone/tiny"}
-        if path == "/api/validate-yaml":
-            return {"errors": [], "warnings": []}
-        if "/preupload/" in path:
-            names = [file["path"] for file in json.loads(body)["files"]]
-            modes = [
-                {"path": name, "uploadMode": "lfs" if name.endswith(".gguf") else "regular"} for name in names
-            ]
-            return {"files": [{**mode, "shouldIgnore": False} for mode in modes]}
-        if path.endswith("/info/lfs/objects/batch"):
-            objects = json.loads(body)["objects"]
-            links = [
-                {**each, "actions": {"upload": {"href": f"{self.url}/blob/{each['oid']}"}}}
-                for each in objects
-            ]
-            return {"transfer": "basic", "objects": links}
-        if path.startswith("/blob/"):
-            self.blobs[path.removeprefix("/blob/")] = body
-            return {}
-        if "/commit/" in path:
-            for line in map(json.loads, body.splitlines()):
-                value = line["value"]
-                if line["key"] == "file":
-                    self.files[value["path"]] = base64.b64decode(value["content"])
-                elif line["key"] == "lfsFile":
-                    self.files[value["path"]] = self.blobs[value["oid"]]
-            return {"success": True, "commitOid": "0" * 40, "commitUrl": f"{self.url}/someone/tiny/commit/0"}
-        return {"sha": "0" * 40, "siblings": [], "id": "someone/tiny"}
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    hub = Hub()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            if not self.path.startswith("/blob/"):
-                hub.tokens.add(self.headers.get("Authorization"))
-            answer = json.dumps(hub.answer(self.path, body)).encode()
-            self.send_response(403 if hub.refuses else 200)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(answer)))
-            self.end_headers()
-            self.wfile.write(answer)
-
-        do_GET = do_PUT = do_POST
-
-        def log_message(self, *args: object) -> None:
-            pass
-
-    monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    monkeypatch.setattr(hub_constants, "HF_HUB_DISABLE_XET", True)
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        hub.url = f"http://127.0.0.1:{server.server_address[1]}"
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield hub
-        server.shutdown()
-        thread.join()
-    with contextlib.suppress(AttributeError):  # older versions keep no session
-        huggingface_hub.close_session()
-
-
 @pytest.fixture
 def small(tmp_path: Path) -> Path:
     folder = tmp_path / "small"
@@ -237,37 +154,37 @@ def small(tmp_path: Path) -> Path:
 
 
 @pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # of the hub's own library
-def test_push_uploads_what_was_delivered_and_nothing_else(hub: Hub, small: Path) -> None:
-    url = push(small, "someone/tiny", endpoint=hub.url)
-    assert url == f"{hub.url}/someone/tiny"
-    assert hub.files == {
+def test_push_uploads_what_was_delivered_and_nothing_else(upload_hub: UploadHub, small: Path) -> None:
+    url = push(small, "someone/tiny", endpoint=upload_hub.url)
+    assert url == f"{upload_hub.url}/someone/tiny"
+    assert upload_hub.files == {
         name: (small / name).read_bytes() for name in ("model.gguf", "README.md", "Modelfile")
     }
-    assert "private" in (hub.repos[0].get("visibility"), *hub.repos[0])
-    assert hub.tokens == {"Bearer hf_secret"}
+    assert "private" in (upload_hub.repos[0].get("visibility"), *upload_hub.repos[0])
+    assert upload_hub.tokens == {"Bearer hf_secret"}
 
 
-def test_failed_certificate_is_not_uploaded(hub: Hub, small: Path) -> None:
+def test_failed_certificate_is_not_uploaded(upload_hub: UploadHub, small: Path) -> None:
     (small / "certificate.json").write_text('{"passed": false}')
     with pytest.raises(ModelError, match="failed its certificate, so it is not uploaded"):
-        push(small, "someone/tiny", endpoint=hub.url)
-    assert not hub.repos
+        push(small, "someone/tiny", endpoint=upload_hub.url)
+    assert not upload_hub.repos
 
 
 def test_push_without_a_token_or_with_one_that_may_not_write(
-    hub: Hub, small: Path, monkeypatch: pytest.MonkeyPatch
+    upload_hub: UploadHub, small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hub.refuses = True
+    upload_hub.refuses = True
     with pytest.raises(ModelError, match="does not let this HF_TOKEN write to someone/tiny") as caught:
-        push(small, "someone/tiny", endpoint=hub.url)
+        push(small, "someone/tiny", endpoint=upload_hub.url)
     assert "hf_secret" not in str(caught.value)
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(UsageError, match="HF_TOKEN is not set"):
-        push(small, "someone/tiny", endpoint=hub.url)
+        push(small, "someone/tiny", endpoint=upload_hub.url)
 
 
-def test_push_of_a_folder_that_holds_no_model_is_refused(hub: Hub, tmp_path: Path) -> None:
+def test_push_of_a_folder_that_holds_no_model_is_refused(upload_hub: UploadHub, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"holds no GGUF with a README.md"):
-        push(tmp_path, "someone/tiny", endpoint=hub.url)
+        push(tmp_path, "someone/tiny", endpoint=upload_hub.url)
     with pytest.raises(UsageError, match="no repository of the hub"):
-        push(tmp_path, "tiny", endpoint=hub.url)
+        push(tmp_path, "tiny", endpoint=upload_hub.url)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import re
 import shutil
+import struct
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -207,7 +209,7 @@ WRONG_ADAPTERS: dict[str, tuple[dict[str, Any], dict[str, np.ndarray], str]] = {
     "activated": ({"adapter.alora.invocation_tokens": [1, 4093]}, {}, "is an activated LoRA"),
     "a model": ({"general.type": "model"}, {}, "no LoRA adapter"),
     "another kind": ({"adapter.type": "ia3"}, {}, "no LoRA adapter"),
-    "another architecture": ({"general.architecture": "gemma"}, {}, "is for gemma models"),
+    "another architecture": ({"general.architecture": "gemma"}, {}, "is for 'gemma' models"),
     "half a pair": ({}, {"w.lora_a": HALF}, "only half of an update of w"),
     "a norm": ({}, {"v.weight": np.ones(5, np.float32)}, "only half of an update of v.weight"),
     "another tensor": ({}, {"u.lora_a": HALF, "u.lora_b": np.ones((4, 2), np.float32)}, "does not fit"),
@@ -269,6 +271,58 @@ def test_flipped_bytes_raise_a_model_error_or_nothing(made: Path, tmp_path: Path
         path.write_bytes(whole[:position] + generator.bytes(1) + whole[position + 1 :])
         with contextlib.suppress(ModelError):
             read_gguf(path)
+
+
+def with_header(path: Path, *parts: bytes, tensors: int = 0, values: int = 0) -> Path:
+    path.write_bytes(struct.pack("<4sIQQ", b"GGUF", 3, tensors, values) + b"".join(parts) + bytes(64))
+    return path
+
+
+def named(name: bytes) -> bytes:
+    return struct.pack("<Q", len(name)) + name
+
+
+def tensor(name: bytes, shape: list[int], kind: int = 0, offset: int = 0) -> bytes:
+    return named(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset)
+
+
+HOSTILE: dict[str, tuple[dict[str, int], list[bytes]]] = {
+    "a million dimensions": ({"tensors": 1}, [tensor(b"w", [2**63] * 1_000_000)]),
+    "a tensor of nothing": ({"tensors": 1}, [tensor(b"w", [8, 0, 4])]),
+    "part of a block": ({"tensors": 1}, [tensor(b"w", [33], kind=2)]),
+    "a name that is two": ({"tensors": 2}, [tensor(b"w", [4]), tensor(b"w", [4])]),
+    "a long name": ({"tensors": 1}, [tensor(b"w" * 64, [4])]),
+    "a name of two lines": ({"tensors": 1}, [tensor(b"w\nv", [4])]),
+    "a key that is two": ({"values": 2}, [named(b"k") + struct.pack("<IB", 0, 1)] * 2),
+    "a huge alignment": ({"values": 1}, [named(b"general.alignment") + struct.pack("<II", 4, 2**31)]),
+    "an alignment of no number": (
+        {"values": 1},
+        [named(b"general.alignment") + struct.pack("<IIQ", 9, 4, 0)],
+    ),
+    "more text than there is": ({"values": 1}, [struct.pack("<Q", 2**63)]),
+    "more values than there are": ({"values": 2**63}, []),
+    "an array too long": (
+        {"values": 1},
+        [named(b"k") + struct.pack("<IIQ", 9, 1, 65 * 2**20) + bytes(65 * 2**20)],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_header_is_refused_at_once(case: str, tmp_path: Path) -> None:
+    counts, parts = HOSTILE[case]
+    started = time.monotonic()
+    with pytest.raises(ModelError, match="is no GGUF file, or damaged"):
+        read_gguf(with_header(tmp_path / "hostile.gguf", *parts, **counts))
+    assert time.monotonic() - started < 5
+
+
+def test_values_of_another_type_count_as_none(tmp_path: Path) -> None:
+    """An alpha of text, a name that is a number: what is there cannot be used, and nothing breaks over it."""
+    write_typed(tmp_path / "base.gguf", [("general.name", 7, TYPE.UINT32, None)])
+    adapter = write_lora(tmp_path / "ask.gguf", {"adapter.lora.alpha": "3", "general.name": 0.5})
+    merge_adapter(tmp_path / "base.gguf", adapter, tmp_path / "merged.gguf")
+    assert read_fields(tmp_path / "merged.gguf")["general.name"] == "base + ask"
 
 
 def test_part_of_a_split_model_is_refused(made: Path, tmp_path: Path) -> None:

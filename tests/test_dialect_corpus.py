@@ -138,6 +138,10 @@ def test_kaldi_segments_are_parts(tmp_path: Path) -> None:
         ({"path": "a.wav", "label": "a", "start": 2, "end": 1}, "is not after"),
         ({"path": "a.wav", "label": "a", "start": "0"}, "takes seconds"),
         ({"path": "a.wav", "label": "a", "speaker": 7}, "not a text"),
+        ({"path": "a.wav", "label": "a", "end": 10**400}, "has end 1000"),
+        ({"path": "a\0.wav", "label": "a"}, "path holds a NUL"),
+        ({"path": "a.wav", "label": "\ud800"}, "label holds half of a surrogate pair"),
+        ({"path": "a.wav", "label": "a", "k" * 9000: 1}, "has the key 'kkk"),
     ],
 )
 def test_wrong_row_is_named_by_file_and_line(row: dict, said: str, tmp_path: Path) -> None:
@@ -146,6 +150,27 @@ def test_wrong_row_is_named_by_file_and_line(row: dict, said: str, tmp_path: Pat
     with pytest.raises(InputError, match=said) as caught:
         read_corpus(path)
     assert f"{path}:2: " in str(caught.value)
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    "segment", ["u1 call nan 1", "u1 call 2 1", "u1 call -1 1", "u1 call 1 inf", "u1 call 1"]
+)
+def test_kaldi_segment_that_is_none_is_named(segment: str, tmp_path: Path) -> None:
+    (tmp_path / "wav.scp").write_text("call call.wav\n")
+    (tmp_path / "segments").write_text(segment + "\n")
+    (tmp_path / "utt2lang").write_text("u1 north\n")
+    with pytest.raises(InputError, match="segments:1: is not `utterance recording start end`"):
+        read_corpus(tmp_path)
+
+
+def test_common_voice_row_cut_short_is_named_and_a_long_one_read(tmp_path: Path) -> None:
+    table = tmp_path / "validated.tsv"
+    table.write_text(f"client_id\tpath\taccents\n1\ta.mp3\t{'x' * 200_000}\n")
+    assert len(read_corpus(table)[0].label) == 200_000
+    table.write_text("client_id\tpath\taccents\n1\ta.mp3\n")
+    with pytest.raises(InputError, match="tsv:2: has 2 columns of 3"):
+        read_corpus(table)
 
 
 def test_split_shares_no_speaker_and_keeps_every_label() -> None:

@@ -72,6 +72,11 @@ def test_file_without_rows_is_refused(path: Path, content: str) -> None:
             list(Intake(str(path), rejects=rejects).seeds())
 
 
+def test_file_without_rows_is_taken_where_it_may_be_empty(path: Path) -> None:
+    intake = Intake(write(path), may_be_empty=True)
+    assert (intake.count(), list(intake.seeds())) == (0, [])
+
+
 def test_second_row_of_an_id_names_the_first(path: Path) -> None:
     with pytest.raises(InputError, match=r"seeds\.jsonl:3: has the id of line 1, 'a'"):
         Intake(write(path, A, B, {"id": "a", "prompt": "other"})).count()

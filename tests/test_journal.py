@@ -156,6 +156,26 @@ def test_dialogue_that_a_later_run_does_not_ask_for_is_kept(path: Path) -> None:
     assert resume(path).under_way["a"].messages == [message("a", 0)]
 
 
+def test_what_was_dropped_is_known_to_later_runs_until_the_run_is_complete(path: Path) -> None:
+    first = Journal(path, SETTINGS)
+    first.add_drop("a", "alike")
+    abandon(first)
+    second = resume(path)
+    assert (second.finished, second.dropped) == ({"a"}, {"a": "alike"})
+    abandon(second)
+    third = resume(path)
+    assert third.dropped == {"a": "alike"}
+    third.complete()
+    assert os.listdir(path.parent) == ["out.jsonl"]
+    assert resume(path).finished == set()
+
+
+def test_rows_of_another_verb_are_told_apart(path: Path) -> None:
+    path.write_bytes(encode(row("a")))
+    with pytest.raises(InputError, match=r"out\.jsonl:1: is not a row of parrot capo"):
+        Journal(path, SETTINGS, resume=True, verb="capo", key="rejected")
+
+
 def test_run_that_ends_before_its_first_message_leaves_nothing(path: Path) -> None:
     journal = Journal(path, SETTINGS)
     journal.close()

@@ -92,6 +92,7 @@ def test_endpoint_with_and_without_a_model_name() -> None:
         ("http://host:port/v1", "no address"),
         ("hf:owner/file.gguf", "no file of the hub"),
         ("hf:owner/../file.gguf", "no file of the hub"),
+        ("hf:owner/repo/file.gguf@\udce9", "no file of the hub"),
         ("hf:owner/repo/../../file.gguf", "no file of the hub"),
     ],
 )
@@ -181,13 +182,14 @@ def test_missing_file_gets_no_name_and_an_unknown_name_cannot_be_removed() -> No
         models.remove_model("chat")
 
 
-def test_damaged_names_are_not_overwritten(home: Path) -> None:
+@pytest.mark.parametrize("text", ['{"a": ', "[" * 100_000])
+def test_damaged_names_are_not_overwritten(text: str, home: Path) -> None:
     path = home / "config" / "models.json"
     path.parent.mkdir(parents=True)
-    path.write_text('{"a": ')
+    path.write_text(text)
     with pytest.raises(ModelError, match="mend or delete"):
         models.add_model("tutor", "chat")
-    assert path.read_text() == '{"a": '
+    assert path.read_text() == text
 
 
 def test_directories_follow_xdg_where_parrot_home_is_not_set(

@@ -115,7 +115,7 @@ def test_wrong_override_is_named(override: str, said: str) -> None:
         ("kind: train\nrole: ask\nlora: {rank: yes}\n", "lora.rank is True; it takes a whole number"),
         ("kind: train\nrole: ask\nlora: {rank: 8.5}\n", "lora.rank is 8.5"),
         ("kind: train\nrole: ask\nlora: 8\n", "lora is a section"),
-        ("kind: train\nrole: ask\nlora: {rank: 8, rank: 9}\n", "rank stands twice"),
+        ("kind: train\nrole: ask\nlora: {rank: 8, rank: 9}\n", "'rank' stands twice"),
         ("kind: train\nrole: teacher\n", "role is 'teacher'; use one of ask, chat"),
         ("kind: train\n", "role is missing"),
         ("kind: trian\nrole: ask\n", "kind is 'trian'; use one of train, dialect"),
@@ -128,6 +128,19 @@ def test_wrong_override_is_named(override: str, said: str) -> None:
         ("kind: dialect\naugment: {speed: [9]}\n", "factors of 0.5 to 2"),
         ("- a\n", "holds no keys"),
         ("", "holds no keys"),
+        ("kind: [a]\n", "kind is ['a']; use one of"),
+        ("a: &a {b: 1}\nc: *a\n", "by an alias; write it out"),
+        ("a: &a {b: *a}\n", "by an alias; write it out"),
+        (f"a: {'[' * 2000}", "nests too deep"),
+        ('name: "\\ud800"\n', "half of a surrogate pair in line"),
+        (f"kind: train\nrole: ask\noptim: {{learning_rate: 1{'0' * 400}}}\n", "it takes a number"),
+        (f"kind: train\nrole: ask\nlora: {{rank: 0x{'f' * 5000}}}\n", "a number of thousands of digits"),
+        ("kind: train\nrole: ask\noptim: {epochs: .inf}\n", "optim.epochs is inf; it takes a number"),
+        (f"kind: {'x' * 5000}\n", "...x"),
+        ("kind: !!bool maybe\n", "not of the type in its tag"),
+        ("kind: !!int ''\n", "not of the type in its tag"),
+        ("kind: !!timestamp x\n", "not of the type in its tag"),
+        ("kind: \0\n", "is not YAML: special characters are not allowed"),
         ("kind: train\nrole: ask\noptim: {epochs: 0}\n", "nothing to do"),
     ],
 )
@@ -137,6 +150,8 @@ def test_wrong_file_is_named_with_its_key(text: str, said: str, tmp_path: Path) 
         load_recipe(path)
     assert said in str(caught.value)
     assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
 
 
 def test_float_without_a_point_is_read(tmp_path: Path) -> None:
@@ -198,3 +213,15 @@ def test_every_role_and_objective_has_a_recipe() -> None:
         ("chat", "dpo"),
     }
     assert issubclass(UsageError, ParrotError)
+
+
+def test_file_too_long_to_be_a_recipe_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="longer than 1 MiB"):
+        load_recipe(write(tmp_path, "#" * (2**20 + 1)))
+
+
+def test_merge_keys_cannot_fill_the_memory(tmp_path: Path) -> None:
+    """Each line would hold twice what the one before it does."""
+    lines = ["a0: &a0 {x: 1}", *(f"a{n}: &a{n} {{<<: [*a{n - 1}, *a{n - 1}]}}" for n in range(1, 60))]
+    with pytest.raises(InputError, match="by an alias; write it out"):
+        load_recipe(write(tmp_path, "\n".join(lines)))

@@ -308,6 +308,16 @@ def test_retry_after_is_honoured_as_a_date() -> None:
     assert 0.9 <= server.calls[1].time - server.calls[0].time < 4  # the date has whole seconds
 
 
+def test_date_of_retry_after_is_one_of_the_endpoints_clock() -> None:
+    async def busy(call: Call) -> None:
+        then = 10**9  # 2001: our clock is not asked
+        dates = {"Date": formatdate(then, usegmt=True), "Retry_After": formatdate(then + 1, usegmt=True)}
+        await fail(503, "later", **dates)(call)
+
+    _, server = ask(busy, OK)
+    assert 1 <= server.calls[1].time - server.calls[0].time < 3
+
+
 def test_too_long_retry_after_fails_at_once() -> None:
     error, server = ask_in_vain(fail(429, "quota", Retry_After=str(LONGEST_RETRY_AFTER + 1)))
     assert "asks to wait 3601 s" in str(error)

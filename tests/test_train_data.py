@@ -308,6 +308,9 @@ def test_hub_dataset_reads_like_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
             {"message_tree_id": "t", "message_id": "1", "parent_id": "0", "text": "a"},
             "its parent '0' is missing",
         ),
+        ({"message_tree_id": "t", "message_id": ["1"], "parent_id": None, "text": "a"}, "must be texts"),
+        ({"prompt": {"text": "a", "role": "prompter", "replies": 5}}, "replies that are no list"),
+        ({"k" * 9000: 1}, "but ['kkk"),
     ],
 )
 def test_bad_row_is_named_by_file_and_line(row: Any, why: str, tmp_path: Path) -> None:
@@ -320,6 +323,19 @@ def test_bad_row_is_named_by_file_and_line(row: Any, why: str, tmp_path: Path) -
     assert len(list(reader.dialogues())) == 1
     assert reader.skipped == 1
     assert why in str(reader.first_error)
+
+
+def test_messages_that_stand_twice_do_not_double_their_tree(tmp_path: Path) -> None:
+    """Each of them would have two replies, so that sixty of them had 2 ** 59 ends."""
+    keys = [(str(n), str(n - 1) if n else None) for n in range(60)]
+    rows = [
+        {"message_tree_id": "t", "message_id": own, "parent_id": parent, "text": "a", "role": "prompter"}
+        for own, parent in keys
+        for _ in range(2)
+    ]
+    reader = Reader([write(tmp_path / "data.jsonl", rows)])
+    with pytest.raises(InputError, match="message_id '0' stands twice in its tree"):
+        list(reader.dialogues())
 
 
 def test_empty_or_missing_source_is_named(tmp_path: Path) -> None:

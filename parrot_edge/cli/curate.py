@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from parrot_edge.cli import options
 from parrot_edge.errors import UsageError
+
+if TYPE_CHECKING:
+    from parrot_edge.data.curate import Entry, Examine, Examiner, Verdict
+    from parrot_edge.dialogue import Message
 
 REASONS = (
     "short", "cut_off", "wrong_role", "repetitive", "language", "sensitive", "personal",
@@ -54,6 +60,7 @@ REASONS = (
     show_default=True,
     help="At a row that is no dialogue: stop, or reject it and go on.",
 )
+@options.ray_option
 @click.option("--resume", is_flag=True, help="Carry on the run that -o was begun by.")
 @click.option("--force", is_flag=True, help="Replace what -o and --rejects name.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object; needs -o FILE.")
@@ -89,17 +96,21 @@ def curate(dialogues: str, as_json: bool, **given: Any) -> None:
             click.echo(f"\r{report.read} rows, {report.kept} kept\x1b[K", err=True, nl=False)
 
     try:
-        report = curate_file(
-            dialogues,
-            None if output == "-" else Path(output),
-            Path(rejects),
-            Rules(given["min_turns"], given["min_words"], given["language"], given["words"], given["allow"]),
-            against=given["against"],
-            skip=given["on_error"] == "skip",
-            resume=resume,
-            force=force,
-            on_progress=show,
-        )
+        with options.connect_ray(given["ray"]) as cluster:
+            report = curate_file(
+                dialogues,
+                None if output == "-" else Path(output),
+                Path(rejects),
+                Rules(
+                    given["min_turns"], given["min_words"], given["language"], given["words"], given["allow"]
+                ),
+                against=given["against"],
+                skip=given["on_error"] == "skip",
+                resume=resume,
+                force=force,
+                on_progress=show,
+                spread=partial(_examine_on_ray, cluster) if cluster else None,
+            )
     except KeyboardInterrupt:
         again = options.command_line(add="--resume", drop="--force")
         carry_on = f"carry on with: {again}" if output != "-" else "the rows written are whole"
@@ -113,3 +124,18 @@ def curate(dialogues: str, as_json: bool, **given: Any) -> None:
     click.echo(f"; rejected, see {rejects}: {reasons}" if reasons else "", err=True)
     if not report["read"]:
         click.echo(f"parrot: {dialogues} holds no dialogue", err=True)
+
+
+def _examine_on_ray(
+    cluster: str, examiner: Examiner, entries: Iterable[Entry]
+) -> Iterator[tuple[Entry, Examine]]:
+    """A `data.curate.Spread`."""
+    from parrot_edge.cluster.spread import map_in_order
+
+    examined = map_in_order(cluster, examiner.examine_all, entries, key=lambda entry: entry.messages)
+    for entry, found in examined:
+        yield entry, partial(_answer, found)
+
+
+def _answer(found: Verdict | None, messages: Sequence[Message]) -> Verdict | None:
+    return found

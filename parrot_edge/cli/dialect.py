@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -376,6 +376,7 @@ def export(run: str, output: str, half: bool, force: bool) -> None:
 )
 @_threads_option
 @_on_error_option
+@options.ray_option
 def identify(
     files: tuple[str, ...],
     model: str | None,
@@ -387,12 +388,14 @@ def identify(
     topic: str | None,
     threads: int,
     on_error: str,
+    ray: str | None,
 ) -> None:
     """Say which dialect is spoken in recordings, or in a stream as it comes.
 
     With - (the default) stdin holds rows with a path, and start and end where wanted. A row comes out for
     each window: path, start, end, label, scores, unknown. The label is null where there is no speech, and
-    where what is heard is none of the dialects (unknown is then true).
+    where what is heard is none of the dialects (unknown is then true). With --ray, recordings have to lie
+    under the same path on every node.
 
     \b
     Examples:
@@ -402,34 +405,71 @@ def identify(
       parrot dialect identify *.wav --topic "a train that is late" | parrot simulate -o dialogues.jsonl
     """
     from parrot_edge.dialect.audio import require_audio
-    from parrot_edge.dialect.identify import identify_file, identify_stream, read_pcm, seed_row
+    from parrot_edge.dialect.identify import identify_file, identify_stream, read_pcm
+    from parrot_edge.dialect.runtime import DEMONSTRATION
 
     if pcm and files not in ((), ("-",)):
         raise UsageError("--pcm takes sound from stdin; leave the file names out")
     if pcm and topic:
         raise UsageError("--topic makes a seed of a recording, and --pcm has no end; give one of them")
+    if pcm and ray:
+        raise UsageError("--pcm is one stream, so there is nothing to spread; leave --ray out")
     require_audio()
     runtime = _open_model(model, threads)
-    with Writer(output, force=force) as writer:
+    with options.connect_ray(ray) as cluster, Writer(output, force=force) as writer:
         if pcm:
             for answer in identify_stream(runtime, read_pcm(sys.stdin.buffer, rate), window=window):
                 writer.write(answer.row("-"))
             return
-        for wanted in _wanted(files or ("-",)):
+        refuse = _raise if on_error == "stop" else lambda error: _say(f"parrot: skipped: {error}")
+        wanted = _wanted(files or ("-",))
+        if cluster:
+            from parrot_edge.cluster.hearing import hear_on_ray
+
+            parts = map(_part_or_error, wanted)
+            where = model or DEMONSTRATION
+            for rows, failure in hear_on_ray(cluster, where, parts, window=window, threads=threads):
+                if topic is None or not failure:
+                    _write_rows(writer, rows, topic)
+                if failure:
+                    refuse(failure)
+            return
+        for part in wanted:
             try:
-                path, start, end = wanted()
+                path, start, end = part()
                 answers = identify_file(runtime, path, start, end, window=window)
-                if topic is None:
-                    for answer in answers:
-                        writer.write(answer.row(path))
-                elif row := seed_row(path, list(answers), topic):
-                    writer.write(row)
-                else:
-                    _say(f"parrot: no seed: no dialect was heard in {path}")
+                _write_rows(writer, (answer.row(path) for answer in answers), topic)
             except InputError as error:
-                if on_error == "stop":
-                    raise
-                _say(f"parrot: skipped: {error}")
+                refuse(error)
+
+
+def _write_rows(writer: Writer, rows: Iterable[dict[str, Any]], topic: str | None) -> None:
+    """The rows of a recording, or with a topic one seed made of all of them."""
+    if topic is None:
+        for row in rows:
+            writer.write(row)
+        return
+    from parrot_edge.dialect.identify import seed_row
+
+    heard = list(rows)
+    if seed := seed_row(heard, topic):
+        writer.write(seed)
+    else:
+        _say(f"parrot: no seed: no dialect was heard in {heard[0]['path']}")
+
+
+def _raise(error: InputError) -> None:
+    raise error
+
+
+def _part_or_error(
+    part: Callable[[], tuple[str, float, float | None]],
+) -> tuple[str, float, float | None] | InputError:
+    """What is to be heard, or what is wrong with its row."""
+    try:
+        return part()
+    except InputError as error:
+        return error
 
 
 def _wanted(files: tuple[str, ...]) -> Iterator[Callable[[], tuple[str, float, float | None]]]:

@@ -26,7 +26,7 @@ from parrot_edge.roles import Speaker
 _T = TypeVar("_T")
 _Command = Callable[..., Any]
 
-_ROW_TURNS = 8
+ROW_TURNS = 8
 """Turns for which the dialogues of a pipe get memory; --context says otherwise."""
 
 
@@ -54,8 +54,20 @@ skip_option = click.option(
     show_default=True,
     help="At a bad row: stop, or leave it out.",
 )
-rows_options = stack(
-    click.option("--text", is_flag=True, help="Take a line that is not a JSON object as a prompt."),
+held_out_option = click.option(
+    "--held-out",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=1.0,
+    metavar="SHARE",
+    help="Only what a recipe with data.held_out=SHARE keeps back.",
+)
+dialogue_limit_option = click.option(
+    "--limit",
+    type=click.IntRange(1),
+    metavar="N",
+    help="N dialogues of each file, drawn by --seed; the branches of a tree count as one.",
+)
+dialogues_options = stack(
     click.option("--limit", type=click.IntRange(1), metavar="N", help="Stop after N rows of the input."),
     click.option(
         "--on-error",
@@ -65,6 +77,10 @@ rows_options = stack(
         help="At a bad row: stop, or put it into the rejects file and go on.",
     ),
     click.option("--rejects", metavar="FILE", help="The rejects file.  [default: OUT.rejects.jsonl]"),
+)
+rows_options = stack(
+    click.option("--text", is_flag=True, help="Take a line that is not a JSON object as a prompt."),
+    dialogues_options,
 )
 sampling_options = stack(
     click.option(
@@ -134,6 +150,11 @@ engine_options = stack(
         help="Slower; rows then do not depend on --parallel or on the order of the input.",
     ),
 )
+ray_option = click.option(
+    "--ray",
+    metavar="ADDRESS",
+    help="Spread the work over a Ray cluster: host:port, or auto for one here.",
+)
 progress_option = click.option(
     "--progress/--no-progress", default=None, help="Report progress on stderr.  [default: on a terminal]"
 )
@@ -157,6 +178,20 @@ def find_model(text: str, *, parallel: int, threads: int | None) -> LocalModel |
     return LocalModel(name, choice.path, model.adapter) if choice.path != model.path else model
 
 
+def say(note: str) -> None:
+    """A line on stderr."""
+    click.echo(f"parrot: {note}", err=True)
+
+
+def connect_ray(address: str | None) -> contextlib.AbstractContextManager[str | None]:
+    """The cluster of --ray, joined while the context lasts; its name, or None without the option."""
+    if address is None:
+        return contextlib.nullcontext()
+    from parrot_edge.cluster.connection import connect
+
+    return connect(address)
+
+
 @contextlib.asynccontextmanager
 async def open_engine(model: LocalModel | RemoteModel, **load: Any) -> AsyncIterator[Engine]:
     """One engine for a verb that has one side only."""
@@ -166,7 +201,14 @@ async def open_engine(model: LocalModel | RemoteModel, **load: Any) -> AsyncIter
         yield engine
 
 
-def open_intake(source: str, given: dict[str, Any], *, replace: bool, waiting: str | None = None) -> Intake:
+def open_intake(
+    source: str,
+    given: dict[str, Any],
+    *,
+    replace: bool,
+    waiting: str | None = None,
+    may_be_empty: bool = False,
+) -> Intake:
     """What is read, and with `--on-error skip` the rejects file, which `replace` replaces."""
     output, rejects = given["output"], None
     path = given["rejects"] or ("rejects.jsonl" if output == "-" else f"{output}.rejects.jsonl")
@@ -178,7 +220,7 @@ def open_intake(source: str, given: dict[str, Any], *, replace: bool, waiting: s
         if os.path.abspath(path) == os.path.abspath(output):
             raise UsageError(f"-o and --rejects both name {path}; give them different names")
         rejects = Rejects(Path(path), replace=replace)
-    return Intake(source, given["text"], given["limit"], waiting, rejects)
+    return Intake(source, given.get("text", False), given["limit"], waiting, rejects, may_be_empty)
 
 
 def refuse_same_file(source: str, target: str) -> None:
@@ -248,7 +290,7 @@ def extend_rows(role: str, source: str, given: dict[str, Any]) -> None:
 
     async def extend(writer: Writer) -> None:
         load = {key: given[key] for key in ("parallel", "max_tokens", "context", "threads", "exact")}
-        async with open_engine(model, turns=_ROW_TURNS, **load) as engine:
+        async with open_engine(model, turns=ROW_TURNS, **load) as engine:
             await extend_dialogues(
                 role,
                 Speaker(engine, given["max_tokens"], sampling),

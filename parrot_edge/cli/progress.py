@@ -63,6 +63,39 @@ class ProgressLine:
         _print(f"\r{text}\x1b[K")
 
 
+class StepLine:
+    """What is being done and how far that is, a line each, rewritten in place; silent unless wanted.
+
+    wanted  True, False, or None for "where stderr is a terminal"
+    """
+
+    def __init__(self, wanted: bool | None) -> None:
+        self._on = sys.stderr.isatty() if wanted is None else wanted
+        self._what = ""
+        self._began = self._next = 0.0
+
+    def __enter__(self) -> StepLine:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """What follows begins a line of its own."""
+        if self._what:
+            _print("\n")
+
+    def show(self, what: str, done: int, total: int) -> None:
+        """Rewrite the line, at most five times a second; another `what` begins a new one."""
+        now = time.monotonic()
+        if what != self._what and self._on:
+            if self._what:
+                _print("\n")
+            self._what, self._began, self._next = what, now, now
+        if self._on and (now >= self._next or done == total):
+            self._next = now + _SECONDS_BETWEEN_LINES
+            seconds = now - self._began
+            left = f"{_duration(seconds * (total - done) / done)} left"
+            _print(f"\r{what} · {done}/{total} · {left if done < total else _duration(seconds)}\x1b[K")
+
+
 def _print(text: str) -> None:
     with contextlib.suppress(OSError):  # a terminal that has gone must not end the run
         sys.stderr.write(text)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 
 from parrot_edge.cli import options
-from parrot_edge.cli.table import align_columns, format_figure
-from parrot_edge.data.questions import QUESTION_TYPES
+from parrot_edge.data.stats_table import list_statistics
 from parrot_edge.errors import UsageError
+from parrot_edge.table import align_columns, format_figure
 
 
 @click.command()
@@ -86,69 +85,11 @@ def stats(
     click.echo("\n".join(_table(columns, told_apart)))
 
 
-_ROWS: dict[str, dict[str, str]] = {
-    "Size": {
-        "dialogues": "dialogues",
-        "user_messages": "messages of users",
-        "turns": "turns a dialogue",
-        "words.dialogue": "words a dialogue",
-        "words.user_mean": "words of a user's message, mean",
-        "words.user_median": "median",
-        "words.assistant_mean": "words of an answer, mean",
-        "words.assistant_median": "median",
-    },
-    "Context": {
-        "context_dependent.per_dialogue": "turns that lean on it, a dialogue",
-        "context_dependent.share": "share of follow-ups",
-        "topic_shifts.per_dialogue": "topic shifts, a dialogue",
-        "topic_shifts.share": "share of follow-ups",
-    },
-    "Diversity of users' messages": {
-        "self_rouge": "Self-ROUGE-L within a dialogue, 0..100",
-        "distinct_1": "distinct words in 300",
-        "distinct_2": "distinct pairs of words in 300",
-        "mtld": "MTLD",
-        "openings.distinct": "distinct openings",
-        "openings.rouge_l": "ROUGE-L between openings, 0..100",
-        "openings.first_words_bits": "entropy of their first words, bits",
-    },
-    "Wrong role": {
-        "wrong_role.phrases": "phrases of an assistant",
-        "wrong_role.likeness": "looks like an assistant's",
-        "wrong_role.likelihood.share": "likelier as Chat's than as Ask's",
-        "wrong_role.likelihood.nats_a_token": "log-likelihood, Ask's less Chat's, nats a token",
-    },
-    "Questions": {f"questions.{name}": name for name in QUESTION_TYPES},
-}
-"""Sections, and the title of each figure of a report."""
-
-
 def _table(columns: list[dict[str, Any]], told_apart: dict[str, float] | None) -> list[str]:
     """The reports as lines: a row for each figure, a column for each file."""
     lines = [["", *(column["name"][-30:] for column in columns)]]
-    for section, rows in _sections(columns):
-        lines.append([section])
-        cells = [[f"  {title}", *(_cell(column, key) for column in columns)] for key, title in rows.items()]
-        lines += [row for row in cells if any(row[1:])]
+    for section, rows in list_statistics(columns):
+        lines += [[section], *([f"  {title}", *cells] for title, cells in rows)]
     if told_apart:
         lines += [["AUC, users told apart"], ["  by a classifier", format_figure(told_apart)]]
     return align_columns(lines)
-
-
-def _sections(columns: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, str]]]:
-    yield from _ROWS.items()
-    reasons = dict.fromkeys(reason for column in columns for reason in column["stop_reasons"])
-    if reasons:
-        yield "Ended by", {f"stop_reasons.{reason}": reason for reason in reasons}
-
-
-def _cell(column: dict[str, Any], key: str) -> str:
-    """The figure at a dotted key, as text."""
-    value: Any = column
-    for part in key.split("."):
-        value = (value or {}).get(part)
-    if isinstance(value, dict):
-        return format_figure(value)
-    if isinstance(value, float):
-        return format_figure({"value": value, "low": value, "high": value}).partition(" ")[0]
-    return "" if value is None else str(value)

@@ -6,7 +6,6 @@ Knows the Llama layout (what transformers calls LlamaForCausalLM or MistralForCa
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,9 @@ import numpy as np
 
 from parrot_edge.convert.files import BASE_SHA256_KEY, GgufFile, import_gguf, read_gguf, write_gguf
 from parrot_edge.engine.base import INVOCATION_KEY
-from parrot_edge.errors import ModelError, UsageError
+from parrot_edge.errors import ModelError, UsageError, shorten
 from parrot_edge.roles import ROLE_KEY, SYSTEM_KEY
-from parrot_edge.store import sha256_of
+from parrot_edge.store import parse_json, sha256_of
 
 _WEIGHTS = "adapter_model.safetensors"
 _UNKNOWN_TO_LLAMA_CPP = (
@@ -42,15 +41,17 @@ def write_adapter(
         config = read_config(folder)
         weights = _read_weights(folder / _WEIGHTS)
         source = read_gguf(base)
-        architecture = source.get("general.architecture")
+        architecture = source.get("general.architecture", kind=str)
         if architecture != "llama":
-            raise ModelError(f"{base} is of architecture {architecture}; only llama adapters are converted")
+            raise ModelError(
+                f"{base} is of architecture {shorten(architecture)}; only llama adapters are converted"
+            )
         writer.add_type("adapter")
         writer.add_name(name)
         if license_id:
             writer.add_license(license_id)
         writer.add_base_model_count(1)
-        writer.add_base_model_name(0, source.get("general.name", base.stem))
+        writer.add_base_model_name(0, source.get("general.name", base.stem, str))
         writer.add_string("adapter.type", "lora")
         writer.add_float32("adapter.lora.alpha", scaled_alpha(config))
         if config.get("alora_invocation_tokens") is not None:
@@ -150,10 +151,14 @@ def _to_llama_cpp(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """llama.cpp's names and row order: A is float16 (rank, in), B is float16 (out, rank)."""
     gguf = import_gguf()
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, base.get("llama.block_count", 0))
-    head = base.get("llama.attention.key_length") or (
-        base.get("llama.embedding_length") // base.get("llama.attention.head_count")
+    blocks, width, heads, head = (
+        base.get(f"llama.{key}", 0, int)
+        for key in ("block_count", "embedding_length", "attention.head_count", "attention.key_length")
     )
+    if not 0 < blocks <= len(base.tensors) or not (head or heads):
+        raise ModelError(f"the base of {folder} tells no number of blocks and heads; fetch or make it again")
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, blocks)
+    head = head or width // heads
     pairs: dict[str, dict[str, np.ndarray]] = {}
     for key, values in weights.items():
         module, _, part = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".lora_")
@@ -198,7 +203,7 @@ def _interleave(rows: np.ndarray, head: int) -> np.ndarray:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path)
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror}; name a folder that peft saved") from None
     except ValueError:

@@ -1,7 +1,7 @@
 """The base of an adapter, and the adapter, as GGUF files.
 
 A base is written in 16 bits: as it is, or as the 4 bits say it that it was trained over. A GGUF is its
-own file, unless it was trained over in 4 bits. Weights are read and written a shard at a time. What
+own file, unless it was trained over in 4 bits. Weights are read and written a tensor at a time. What
 is told of a file in its metadata is gathered here too.
 """
 
@@ -16,6 +16,7 @@ from typing import Any
 
 from parrot_edge.convert.adapter import describe_role, read_config, scaled_alpha, write_adapter
 from parrot_edge.convert.files import BASE_SHA256_KEY, GgufFile, Metadata, import_gguf, read_gguf
+from parrot_edge.convert.shards import rewrite_shard
 from parrot_edge.convert.toolkit import convert_hf, convert_lora
 from parrot_edge.convert.trained import WEIGHTS, TrainedFiles
 from parrot_edge.errors import ModelError
@@ -180,15 +181,12 @@ def _find_folder(trained: TrainedFiles, expanded: Path) -> Path:
 
 
 def dequantize_base(trained: TrainedFiles, source: Path, target: Path) -> None:
-    """Write the folder `source` as `target`, its linear layers rounded to NF4 and back, a shard at a time.
+    """Write the folder `source` as `target`, its linear layers rounded to NF4 and back, a tensor at a time.
 
     Each number is the one that the freshly loaded 4-bit model computes with: the very tensors are
     quantised that transformers would quantise, by the same calls. No model is run, so no layer can
     have been repacked for evaluation. Raises `ModelError` where a file is missing or damaged.
     """
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-
     quantized = _find_quantized(trained)
     target.mkdir(parents=True)
     for path in source.iterdir():
@@ -199,12 +197,12 @@ def dequantize_base(trained: TrainedFiles, source: Path, target: Path) -> None:
         raise ModelError(f"{source} holds no model*.safetensors; save the base again")
     with one_sentence(f"the base {trained.base.name}"):
         for shard in shards:
-            with safe_open(shard, "pt") as content:
-                tensors = {
-                    name: _round(content.get_tensor(name), quantized.get(name), trained)
-                    for name in content.keys()  # noqa: SIM118 - it is no dict
-                }
-                save_file(tensors, target / shard.name, metadata={"format": "pt"})
+            rewrite_shard(
+                shard,
+                target / shard.name,
+                lambda name, tensor: _round(tensor, quantized.get(name), trained),
+                trained.dtype,
+            )
 
 
 def _round(tensor: Any, parameter: Any, trained: TrainedFiles) -> Any:

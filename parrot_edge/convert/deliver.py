@@ -6,10 +6,8 @@ It knows the files and what their certificate says, not how they were made.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +19,8 @@ from parrot_edge.convert.quantize import note_fallbacks
 from parrot_edge.dialogue import Message, Seed
 from parrot_edge.engine.native import Model, is_activated, read_text
 from parrot_edge.engine.template import ChatTemplate
-from parrot_edge.errors import ModelError, UsageError
+from parrot_edge.errors import ModelError
+from parrot_edge.hub import check_upload, upload_files
 from parrot_edge.machine import format_bytes
 from parrot_edge.models import LocalModel
 from parrot_edge.roles import NATIVE, SYSTEM_KEY, AskPrompt, ask_view
@@ -96,48 +95,24 @@ def check_base(model: LocalModel) -> None:
 def push(folder: Path, repo_id: str, *, private: bool = True, endpoint: str | None = None) -> str:
     """Upload a delivered folder to the hub, as a model of `repo_id`, and return its address.
 
-    The token comes from HF_TOKEN alone. Raises `UsageError` where that is not set or `repo_id` cannot
-    be one, and `ModelError` where the folder's certificate failed or the hub refuses.
+    Raises as `upload_files` does, and `ModelError` where the folder holds no model or its certificate failed.
     """
-    from huggingface_hub import HfApi, constants
-    from huggingface_hub.utils import disable_progress_bars
-
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
-        raise UsageError(f"{repo_id!r} is no repository of the hub; write owner/name")
-    token = os.environ.get("HF_TOKEN")
-    if not token:
-        raise UsageError("HF_TOKEN is not set; put a token that may write into it")
+    check_upload(repo_id)
     if not (folder / "README.md").is_file() or not any(folder.glob("*.gguf")):
         raise ModelError(f"{folder} holds no GGUF with a README.md to upload; name what was converted")
     if read_json(folder / "certificate.json").get("passed") is False:
         raise ModelError(
             f"{folder} failed its certificate, so it is not uploaded; see certificate.html in it"
         )
-    if not sys.stderr.isatty():
-        disable_progress_bars()
-    api = HfApi(endpoint=endpoint, token=token)
-    try:
-        url = api.create_repo(repo_id, private=private, exist_ok=True)
-        api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            allow_patterns=list(UPLOADED),
-            commit_message="Upload a certified model",
-        )
-    except Exception as error:  # the HTTP library below changes between versions
-        raise _explain(repo_id, error, offline=constants.HF_HUB_OFFLINE) from None
-    return str(url)
-
-
-def _explain(repo_id: str, error: Exception, *, offline: bool) -> ModelError:
-    """What a failed upload means for the user."""
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if offline:
-        return ModelError(f"{repo_id} cannot be uploaded while HF_HUB_OFFLINE is set; unset it")
-    if status in (401, 403):
-        return ModelError(f"the hub does not let this HF_TOKEN write to {repo_id}; take one that may")
-    what = f"status {status}" if status else type(error).__name__
-    return ModelError(f"{repo_id} cannot be uploaded ({what}); what was uploaded stays, run it again")
+    return upload_files(
+        folder,
+        UPLOADED,
+        repo_id,
+        kind="model",
+        message="Upload a certified model",
+        private=private,
+        endpoint=endpoint,
+    )
 
 
 # The model card

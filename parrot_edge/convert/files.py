@@ -67,12 +67,12 @@ class GgufFile:
     tensors: dict[str, Tensor]
     alignment: int
 
-    def get(self, key: str, default: Any = None) -> Any:
-        """A metadata value, text as str."""
+    def get(self, key: str, default: Any = None, kind: type = object) -> Any:
+        """A metadata value, text as str; one that is of another `kind` counts as not there."""
         value = self.metadata.get(key)
-        if value is None:
-            return default
-        return value.raw.decode("utf-8", "replace") if isinstance(value.raw, bytes) else value.raw
+        raw = None if value is None else value.raw
+        known = raw.decode("utf-8", "replace") if isinstance(raw, bytes) else raw
+        return default if known is None or not isinstance(known, kind) else known
 
 
 def read_gguf(path: Path) -> GgufFile:
@@ -94,6 +94,10 @@ def read_gguf(path: Path) -> GgufFile:
 
 _CODES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _TEXT, _ARRAY = 8, 9
+_LONGEST_HEADER = 64 * 2**20  # bytes: ten times a large vocabulary's, and numbers take ten times that here
+_LONGEST_NAME = 63  # bytes of a tensor's, llama.cpp's limit as is the next
+_MOST_DIMENSIONS = 4
+_ALIGNMENTS = frozenset(2**power for power in range(17))
 
 
 class _Cursor:
@@ -106,13 +110,18 @@ class _Cursor:
         if self.take(4) != b"GGUF" or self.number("I") not in (2, 3):
             raise ValueError
         tensors, values = self.number("Q"), self.number("Q")
-        metadata = {self.text().decode(): self.value() for _ in range(values)}
+        pairs = [(self.text().decode(), self.value()) for _ in range(values)]
         infos = [self.info() for _ in range(tensors)]
+        metadata, names = dict(pairs), {info[0] for info in infos}
         alignment = metadata["general.alignment"].raw if "general.alignment" in metadata else 32
+        if len(metadata) < values or len(names) < tensors or alignment not in _ALIGNMENTS:
+            raise ValueError
         start = -(-self.at // alignment) * alignment
         return GgufFile(metadata, {info[0]: _map_tensor(mapped, start, *info) for info in infos}, alignment)
 
     def take(self, size: int) -> bytes:
+        if size > _LONGEST_HEADER - self.at:
+            raise ValueError
         piece = self.content[self.at : self.at + size]
         if len(piece) != size:
             raise ValueError
@@ -139,6 +148,8 @@ class _Cursor:
     def info(self) -> tuple[str, tuple[int, ...], int, int]:
         """Name, shape, type and offset of a tensor."""
         name, dimensions = self.text().decode(), self.number("I")
+        if len(name.encode()) > _LONGEST_NAME or not name.isprintable() or dimensions > _MOST_DIMENSIONS:
+            raise ValueError
         shape = tuple(self.number("Q") for _ in range(dimensions))[::-1]
         return name, shape, self.number("I"), self.number("Q")
 
@@ -155,10 +166,10 @@ def _map_tensor(
 
         kind = tensor_kinds()[type_id]
         block, size = kind.block, kind.bytes
-    rows, row_bytes = math.prod(shape[:-1]), shape[-1] // block * size if shape else 0
-    data = mapped[start + offset : start + offset + rows * row_bytes]
-    if not row_bytes:
+    if not math.prod(shape) or not shape or shape[-1] % block:
         raise ValueError
+    rows, row_bytes = math.prod(shape[:-1]), shape[-1] // block * size
+    data = mapped[start + offset : start + offset + rows * row_bytes]
     return Tensor(name, shape, kind, data.reshape(rows, row_bytes))
 
 

@@ -20,7 +20,7 @@ from parrot_edge.convert.files import (
     write_gguf,
 )
 from parrot_edge.engine.base import INVOCATION_KEY
-from parrot_edge.errors import ModelError
+from parrot_edge.errors import ModelError, shorten
 from parrot_edge.roles import ROLE_KEY, SYSTEM_KEY
 from parrot_edge.store import sha256_of
 
@@ -50,7 +50,7 @@ def merge_adapter(
     adapter does not fit or is an activated one, or `check_base` and it was trained on another file.
     """
     model, lora = read_gguf(base), read_gguf(adapter)
-    architecture = model.get("general.architecture")
+    architecture = model.get("general.architecture", kind=str)
     if architecture is None or model.get("general.type", "model") != "model":
         raise ModelError(f"{base} is no model; name the base that the adapter was trained on")
     updates = _read_updates(lora, model, adapter, base, scale)
@@ -59,7 +59,8 @@ def merge_adapter(
             f"{adapter} was trained on another file than {base} ({BASE_SHA256_KEY} differs); merge it into "
             "the one it was trained on"
         )
-    name = " + ".join((model.get("general.name", base.stem), lora.get("general.name", adapter.stem)))
+    names = ((model, base.stem), (lora, adapter.stem))
+    name = " + ".join(file.get("general.name", stem, str) for file, stem in names)
     half = import_gguf().GGMLQuantizationType.F16
     with write_gguf(target, architecture, force=force) as writer:
         _write_metadata(writer, model, lora, name, metadata)
@@ -88,7 +89,8 @@ def _read_updates(
         raise ModelError(f"{adapter} is no LoRA adapter in GGUF form; convert the folder of one first")
     architectures = [file.get("general.architecture") for file in (lora, model)]
     if architectures[0] != architectures[1]:
-        raise ModelError(f"{adapter} is for {architectures[0]} models and {base} is a {architectures[1]} one")
+        wanted, given = map(shorten, architectures)
+        raise ModelError(f"{adapter} is for {wanted} models and {base} is a {given} one")
     if lora.get(INVOCATION_KEY):
         raise ModelError(
             f"{adapter} is an activated LoRA, which a merge would apply to what comes before its invocation "
@@ -96,7 +98,7 @@ def _read_updates(
         )
     if not lora.tensors:
         raise ModelError(f"{adapter} holds no tensors; make the adapter again")
-    alpha = lora.get("adapter.lora.alpha", 0.0)
+    alpha = lora.get("adapter.lora.alpha", 0.0, float)
     updates = dict[str, Update]()
     for name in sorted({name.removesuffix(".lora_a").removesuffix(".lora_b") for name in lora.tensors}):
         down, up = (lora.tensors.get(f"{name}.lora_{half}") for half in "ab")
@@ -119,7 +121,7 @@ def _write_metadata(writer: Any, model: GgufFile, lora: GgufFile, name: str, giv
     writer.add_name(name)
     writer.add_file_type(import_gguf().LlamaFileType.MOSTLY_F16)
     for key in (ROLE_KEY, SYSTEM_KEY):
-        writer.add_string(key, lora.get(key, ""))
+        writer.add_string(key, lora.get(key, "", str))
     add_metadata(writer, given, model)
 
 

@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 
 from parrot_edge.dialogue import Message
 from parrot_edge.errors import ModelError
+from parrot_edge.store import parse_json
 
 FORMAT = 1
 """Of the folder; one of another number is written anew."""
@@ -139,8 +139,8 @@ class Reference:
 def read_reference(folder: Path) -> Reference:
     """What `listen.write_reference` wrote; raises `ModelError` where it is missing or damaged."""
     try:
-        record = json.loads((folder / "reference.json").read_text(encoding="utf-8"))
-        vocabulary = json.loads((folder / "vocabulary.json").read_text(encoding="utf-8"))
+        record = parse_json(folder / "reference.json")
+        vocabulary = parse_json(folder / "vocabulary.json")
         if record["format"] != FORMAT:
             raise ValueError
         size, rows, anchored = record["logits"], record["rows"], record["anchored"]

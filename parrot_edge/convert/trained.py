@@ -6,7 +6,6 @@ the data are unknown. Torch is imported where weights are loaded.
 
 from __future__ import annotations
 
-import json
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from parrot_edge.errors import ModelError
 from parrot_edge.recipe import TrainRecipe, load_recipe
+from parrot_edge.store import parse_json
 from parrot_edge.train.base import Base, load_config, load_model, load_tokenizer, one_sentence
 from parrot_edge.train.trainer import choose_device, quiet_libraries
 
@@ -199,7 +199,7 @@ def _verify_base(folder: Path, record: dict[str, Any], base: Base, shape: Any) -
 
 def _read_object(path: Path, advice: str) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path)
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror}; {advice}") from None
     except ValueError:

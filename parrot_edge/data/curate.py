@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ _SAID_BEFORE_CUT = 20
 """Words of the shortest answer that is taken to be cut off: short ones end without a full stop."""
 
 _ENDS = tuple(".!?…:;)]}>|*_`\"'”’»~—-。！？」』）0123456789")
-"""What an answer that is whole ends with; more may be, see `_stops_in_the_middle`."""
+"""What an answer that is whole ends with; more may be, see `stops_in_the_middle`."""
 
 _ITEM_MARKS = ("-", "*", "•", "#", "|", "+")
 
@@ -79,37 +80,33 @@ class Verdict:
     detail: str
 
 
-class Judge:
-    """Judges dialogues by the rules and by those that it kept before.
+@dataclass(frozen=True)
+class Entry:
+    """A row of the input: its dialogue, or with `refusal` why it is none."""
 
-    against  files whose questions must not be in the output; raises `InputError` where they cannot be read
-    """
+    line: Line
+    thread: Thread | None = None
+    messages: Sequence[Message] = ()
+    refusal: InputError | None = None
 
-    def __init__(self, rules: Rules, against: Sequence[str] = ()) -> None:
+
+class Examiner:
+    """Finds what is wrong with a dialogue by itself, whatever the others are."""
+
+    def __init__(self, rules: Rules) -> None:
         self._rules = rules
         self._words = load_word_list(Path(rules.words) if rules.words else None)
-        compares = not {"duplicate", "near_duplicate"} <= set(rules.allowed)
-        self._kept = Duplicates() if compares else None
-        self._questions = Duplicates() if against else None
-        for path in against:
-            for line, messages in Reader([path]).read(lambda thread: (thread.line, _parse(thread))):
-                for text in _questions_of(messages):
-                    self._questions.add(text, f"{line.source}:{line.number}")  # type: ignore[union-attr]
 
-    def judge(self, messages: Sequence[Message], name: str, tree: str | None = None) -> Verdict | None:
-        """The first reason against a dialogue; without one it is kept under a name, and None returned."""
-        for verdict in self._find_reasons(messages, tree):
-            if verdict.reason not in self._rules.allowed:
-                return verdict
-        self.keep(messages, name, tree)
-        return None
+    def examine(self, messages: Sequence[Message]) -> Verdict | None:
+        """The first reason against a dialogue."""
+        reasons = self._find_reasons(messages)
+        return next((verdict for verdict in reasons if verdict.reason not in self._rules.allowed), None)
 
-    def keep(self, messages: Sequence[Message], name: str, tree: str | None = None) -> None:
-        """Remember a dialogue that was kept, as what later ones must not repeat."""
-        if self._kept is not None:
-            self._kept.add(_all_said(messages), name, tree)
+    def examine_all(self, dialogues: Sequence[Sequence[Message]]) -> list[Verdict | None]:
+        """The same for many."""
+        return [self.examine(messages) for messages in dialogues]
 
-    def _find_reasons(self, messages: Sequence[Message], tree: str | None) -> Iterator[Verdict]:
+    def _find_reasons(self, messages: Sequence[Message]) -> Iterator[Verdict]:
         rules = self._rules
         asked = [message.content for message in messages if message.role == "user"]
         answers = [message.content for message in messages if message.role == "assistant"]
@@ -132,6 +129,55 @@ class Judge:
             yield Verdict("sensitive", found)
         if found := find_personal(said):
             yield Verdict("personal", found)
+
+
+Examine = Callable[[Sequence[Message]], Verdict | None]
+"""Finds the first reason against a dialogue, whatever the others are."""
+
+Spread = Callable[[Examiner, Iterable[Entry]], Iterable[tuple[Entry, Examine]]]
+"""Has rows examined elsewhere: each comes back, in order, with what knows the answer."""
+
+
+class Judge:
+    """Judges dialogues by the rules and by those that it kept before.
+
+    against  files whose questions must not be in the output; raises `InputError` where they cannot be read
+    """
+
+    def __init__(self, rules: Rules, against: Sequence[str] = ()) -> None:
+        self.examiner = Examiner(rules)
+        self._rules = rules
+        compares = not {"duplicate", "near_duplicate"} <= set(rules.allowed)
+        self._kept = Duplicates() if compares else None
+        self._questions = Duplicates() if against else None
+        for path in against:
+            for line, messages in Reader([path]).read(lambda thread: (thread.line, _parse(thread))):
+                for text in _questions_of(messages):
+                    self._questions.add(text, f"{line.source}:{line.number}")  # type: ignore[union-attr]
+
+    def judge(self, messages: Sequence[Message], name: str, tree: str | None = None) -> Verdict | None:
+        """The first reason against a dialogue; without one it is kept under a name, and None returned."""
+        return self.settle(messages, name, tree, self.examiner.examine(messages))
+
+    def settle(
+        self, messages: Sequence[Message], name: str, tree: str | None, found: Verdict | None
+    ) -> Verdict | None:
+        """The same for a dialogue that has been examined by itself, with what was found."""
+        if found is not None:
+            return found
+        for verdict in self._find_repeated(messages, tree):
+            if verdict.reason not in self._rules.allowed:
+                return verdict
+        self.keep(messages, name, tree)
+        return None
+
+    def keep(self, messages: Sequence[Message], name: str, tree: str | None = None) -> None:
+        """Remember a dialogue that was kept, as what later ones must not repeat."""
+        if self._kept is not None:
+            self._kept.add(_all_said(messages), name, tree)
+
+    def _find_repeated(self, messages: Sequence[Message], tree: str | None) -> Iterator[Verdict]:
+        said = _all_said(messages)
         if self._kept is not None and (repeated := self._kept.find(said, tree)):
             yield Verdict(repeated[0], repeated[1])
         if self._questions is not None:
@@ -153,16 +199,16 @@ def _questions_of(messages: Sequence[Message]) -> Iterator[str]:
 def _find_cut(answers: Sequence[str]) -> int | None:
     """The first answer that stops in the middle of a sentence or of a block of code, or None."""
     for place, answer in enumerate(answers):
-        if _stops_in_the_middle(answer):
+        if stops_in_the_middle(answer):
             return place
     return None
 
 
-def _stops_in_the_middle(answer: str) -> bool:
+def stops_in_the_middle(answer: str) -> bool:
     """Whether a text was cut off: an open block of code, or prose whose last line ends without a mark.
 
     >>> prose = "The kettle is best filled with water and vinegar in equal parts, then boiled once and left"
-    >>> _stops_in_the_middle(prose + " for half an hour until the"), _stops_in_the_middle(prose + ".")
+    >>> stops_in_the_middle(prose + " for half an hour until the"), stops_in_the_middle(prose + ".")
     (True, False)
     """
     text = answer.rstrip()
@@ -203,6 +249,7 @@ def curate_file(
     resume: bool = False,
     force: bool = False,
     on_progress: Callable[[Report], None] = lambda report: None,
+    spread: Spread | None = None,
 ) -> dict[str, Any]:
     """Copy the rows worth keeping, in order, and the others to `rejects` with their reasons.
 
@@ -210,7 +257,8 @@ def curate_file(
     tree as its threads. `OUTPUT.curate.json` tells what was done; while a run is under way it says so, and
     what the rules are. Without an output (None) the rows go to stdout, and no run can be resumed. With
     `skip`, a row that is no dialogue is rejected too instead of raising `InputError`. With `resume`, rows
-    that stand in one of the files are not judged again.
+    that stand in one of the files are not judged again. With `spread` they are examined
+    elsewhere, and settled here.
 
     Raises `UsageError` for a resume by other rules, `InputError` for one of other rows, and `OutputError`
     for files that exist.
@@ -239,10 +287,19 @@ def curate_file(
         if state:
             write_json(state, {"complete": False, "settings": settings})
         run = _Run(judge, kept, rejected)
-        reader = Reader([source], skip=skip, may_be_empty=True, on_refused=run.refuse)
+        refused: list[Entry] = []
+        reader = Reader(
+            [source],
+            skip=skip,
+            may_be_empty=True,
+            on_refused=lambda line, error: refused.append(Entry(line, refusal=error)),
+        )
+        examiner = judge.examiner
+        entries = _read_entries(reader, refused)
         try:
-            for thread, messages in reader.read(lambda thread: (thread, _parse(thread))):
-                run.take(thread, messages)
+            here = zip(entries, repeat(examiner.examine), strict=False)
+            for entry, examine in spread(examiner, entries) if spread else here:
+                run.take(entry, examine)
                 if run.report.read % 1000 == 0:
                     on_progress(run.report)
             run.finish()
@@ -256,6 +313,15 @@ def curate_file(
     if state:
         write_json(state, report)
     return report
+
+
+def _read_entries(reader: Reader, refused: list[Entry]) -> Iterator[Entry]:
+    """What is read and what the reader refuses meanwhile, in order."""
+    for entry in reader.read(lambda thread: Entry(thread.line, thread, _parse(thread))):
+        yield from refused
+        refused.clear()
+        yield entry
+    yield from refused
 
 
 def _was_begun(output: Path, state: Path) -> bool:
@@ -303,8 +369,12 @@ class _Run:
             except (KeyError, TypeError):
                 raise line.error("is no row of rejects; start with --force") from None
 
-    def take(self, thread: Thread, messages: Sequence[Message]) -> None:
-        """Judge a dialogue, unless it was."""
+    def take(self, entry: Entry, examine: Examine) -> None:
+        """Judge a row, unless it was."""
+        if entry.thread is None:
+            self._refuse(entry)
+            return
+        thread, messages = entry.thread, entry.messages
         row = _as_row(thread, messages)
         name = f"{thread.line.source}:{thread.line.number}"
         self.report.read += 1
@@ -318,7 +388,7 @@ class _Run:
         identity = identity if isinstance(identity, str) else content_id(row["messages"])
         if self._was_rejected(thread.line, identity):
             return
-        verdict = self._judge.judge(messages, name, thread.tree)
+        verdict = self._judge.settle(messages, name, thread.tree, examine(messages))
         if verdict is not None:
             self._reject(thread.line, identity, verdict, row)
             return
@@ -329,11 +399,12 @@ class _Run:
             self._stdout.write(row)
         self.report.kept += 1
 
-    def refuse(self, line: Line, error: InputError) -> None:
+    def _refuse(self, entry: Entry) -> None:
         """Reject a line that is no dialogue."""
+        assert entry.refusal is not None
         self.report.read += 1
-        if not self._was_rejected(line, None):
-            self._reject(line, None, Verdict("malformed", error.reason), None)
+        if not self._was_rejected(entry.line, None):
+            self._reject(entry.line, None, Verdict("malformed", entry.refusal.reason), None)
 
     def finish(self) -> None:
         """Raise `UsageError` where the output holds rows that those read so far do not give."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,21 @@ _PLOTS = {
 
 
 def draw_plots(reports: Sequence[dict[str, Any]], folder: Path, *, force: bool = False) -> list[Path]:
-    """A bar chart as SVG for each distribution, files side by side; the paths written.
+    """A bar chart as SVG for each distribution, files side by side; raises and returns as `save_plots`."""
+    names = [report["name"] for report in reports]
+
+    def bars(key: str) -> Callable[[Any], None]:
+        return lambda axes: _draw_bars(axes, [_shares(report, key) for report in reports], names)
+
+    return save_plots(
+        {name: (title, bars(key)) for name, (key, title) in _PLOTS.items()}, folder, force=force
+    )
+
+
+def save_plots(
+    plots: Mapping[str, tuple[str, Callable[[Any], None]]], folder: Path, *, force: bool = False
+) -> list[Path]:
+    """An SVG for each plot, given by name as its title and what draws it onto matplotlib's axes; the paths.
 
     Raises `OutputError` where a file exists, and `UsageError` where matplotlib is missing.
     """
@@ -28,15 +42,16 @@ def draw_plots(reports: Sequence[dict[str, Any]], folder: Path, *, force: bool =
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
         raise UsageError("plots need matplotlib; run pip install 'parrot-edge[data]'") from None
-    paths = [folder / f"{name}.svg" for name in _PLOTS]
+    paths = [folder / f"{name}.svg" for name in plots]
     for path in paths:
         refuse_existing(path, force=force)
     folder.mkdir(parents=True, exist_ok=True)
-    for path, (key, title) in zip(paths, _PLOTS.values(), strict=True):
+    for path, (title, draw) in zip(paths, plots.values(), strict=True):
         figure = Figure(figsize=(7, 3.2), layout="constrained")
         axes = figure.subplots()
-        _draw_bars(axes, [_shares(report, key) for report in reports], [r["name"] for r in reports])
+        draw(axes)
         axes.set_title(title, loc="left", fontsize=11)
+        axes.spines[["top", "right"]].set_visible(False)
         with new_file(path, force=force) as draft:
             figure.savefig(draft, format="svg", metadata={"Date": None})
     return paths
@@ -60,6 +75,5 @@ def _draw_bars(axes: Any, shares: Sequence[dict[str, float]], names: Sequence[st
         axes.bar(places, [each.get(label, 0) for label in labels], width, label=name)
     axes.set_xticks(range(len(labels)), labels, fontsize=8, rotation=30 if len(labels) > 12 else 0)
     axes.set_ylabel("share", fontsize=9)
-    axes.spines[["top", "right"]].set_visible(False)
     if len(shares) > 1:
         axes.legend(frameon=False, fontsize=9)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from parrot_edge.dialogue import Message, content_id, parse_messages
-from parrot_edge.errors import InputError
+from parrot_edge.errors import InputError, shorten
 from parrot_edge.jsonl import Line, read_lines
 
 _T = TypeVar("_T")
@@ -222,7 +222,8 @@ def _from_row(line: Line, row: dict[str, Any]) -> Iterator[Thread]:
             yield Thread(line, row, messages, str(tree) if tree else None, ended and not tree)
             return
     raise line.error(
-        f"has none of the columns messages, conversations, conversation, data or prompt, but {', '.join(row)}"
+        "has none of the columns messages, conversations, conversation, data or prompt, "
+        f"but {shorten(list(row))}"
     )
 
 
@@ -250,12 +251,19 @@ def _dialogue(thread: Thread) -> Dialogue:
 
 def _join_tree(rows: list[tuple[Line, dict[str, Any]]]) -> dict[str, Any]:
     """A nested tree from Open-Assistant messages; raises `InputError` where one has no parent."""
-    nodes = {row.get("message_id"): {**row, "replies": []} for _, row in rows}
+    nodes: dict[Any, dict[str, Any]] = {}
+    for line, row in rows:
+        identity, parent = row.get("message_id"), row["parent_id"]
+        if not isinstance(identity, str | int) or not isinstance(parent, str | int | None):
+            raise line.error("its message_id and parent_id must be texts")
+        if identity in nodes:
+            raise line.error(f"its message_id {shorten(identity)} stands twice in its tree")
+        nodes[identity] = {**row, "replies": []}
     roots: list[dict[str, Any]] = []
     for line, row in rows:
         parent = row["parent_id"]
         if parent is not None and parent not in nodes:
-            raise line.error(f"its parent {parent!r} is missing")
+            raise line.error(f"its parent {shorten(parent)} is missing")
         (roots if parent is None else nodes[parent]["replies"]).append(nodes[row.get("message_id")])
     if len(roots) != 1:
         raise rows[0][0].error(f"its tree has {len(roots)} openings instead of one")
@@ -269,6 +277,8 @@ def _from_tree(line: Line, row: dict[str, Any], root: dict[str, Any], tree: str)
         node, before = stack.pop()
         thread = [*before, _message(len(before), node)]
         replies = node.get("replies") if isinstance(node, dict) else None
+        if replies and not isinstance(replies, list):
+            raise line.error(f"has replies that are no list, but {shorten(replies)}")
         if replies:
             stack += [(reply, thread) for reply in reversed(replies)]
         elif len(thread) > 1:  # an opening that nobody answered teaches nothing

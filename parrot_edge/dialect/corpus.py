@@ -9,7 +9,6 @@ It knows nothing of features or networks.
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import math
 import random
@@ -20,11 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from parrot_edge.dialect import audio
-from parrot_edge.errors import InputError, UsageError
+from parrot_edge.errors import InputError, UsageError, shorten
 from parrot_edge.jsonl import Line, read_lines
 
 SUFFIXES = frozenset({".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".au", ".sph"})
 """File names that are taken for recordings in a folder."""
+
+_MOST_SECONDS = 1e9
 
 KEYS = ("path", "label", "speaker", "start", "end", "source")
 
@@ -85,13 +86,15 @@ def parse_utterance(line: Line) -> Utterance:
     row = line.row()
     unknown = [key for key in row if key not in KEYS]
     if unknown:
-        raise line.error(f"has the key {unknown[0]!r}; a manifest knows {', '.join(KEYS)}")
+        raise line.error(f"has the key {shorten(unknown[0])}; a manifest knows {', '.join(KEYS)}")
     path, start, end = parse_part(line)
     if not isinstance(row.get("label"), str) or not row["label"].strip():
         raise line.error("has no label; give it as a text")
     for key in ("speaker", "source"):
         if not isinstance(row.get(key) or "", str):
             raise line.error(f"has a {key} that is not a text")
+    for key in ("label", "speaker", "source"):
+        line.check_text(row.get(key) or "", key)
     return Utterance(
         Path(path),
         row["label"].strip(),
@@ -111,6 +114,7 @@ def parse_part(line: Line) -> tuple[str, float, float | None]:
     row = line.row()
     if not isinstance(row.get("path"), str) or not row["path"].strip():
         raise line.error("has no path; give it as a text")
+    line.check_text(row["path"], "path")
     start, end = _seconds(line, row, "start") or 0.0, _seconds(line, row, "end")
     if end is not None and end <= start:
         raise line.error(f"ends at {end} s, which is not after its start at {start} s")
@@ -122,8 +126,8 @@ def _seconds(line: Line, row: dict[str, Any], key: str) -> float | None:
     value = row.get(key)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
-        raise line.error(f"has {key} {value!r}; it takes seconds, 0 or more")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= _MOST_SECONDS:
+        raise line.error(f"has {key} {shorten(value)}; it takes seconds, 0 or more")
     return float(value)
 
 
@@ -152,13 +156,16 @@ def _read_kaldi(folder: Path) -> Iterator[Utterance]:
     for line, key, value in _pairs(folder / "segments", needed=False):
         try:
             recording, first, last = value.split()
-            parts[key] = (recording, float(first), None if float(last) < 0 else float(last))
+            start, end = float(first), None if float(last) < 0 else float(last)
+            if not 0 <= start <= _MOST_SECONDS or (end is not None and not start < end <= _MOST_SECONDS):
+                raise ValueError
+            parts[key] = (recording, start, end)
         except ValueError:
             raise line.error("is not `utterance recording start end`") from None
     for line, key, label in _pairs(labels_file):
         recording, start, end = parts.get(key, (key, 0.0, None))
         if recording not in paths:
-            raise line.error(f"names {recording}, which wav.scp does not have")
+            raise line.error(f"names {shorten(recording)}, which wav.scp does not have")
         place = f"{line.source}:{line.number}"
         yield Utterance(paths[recording], label, speakers.get(key, ""), start, end, place=place)
 
@@ -181,10 +188,12 @@ def _read_common_voice(path: Path, label_column: str) -> Iterator[Utterance]:
     header = lines[0].text().split("\t")
     for name in ("client_id", "path", label_column):
         if name not in header:
-            raise lines[0].error(f"has no column {name!r}; there are {', '.join(header)}")
-    rows = csv.DictReader((line.text() for line in lines[1:]), header, delimiter="\t", quoting=csv.QUOTE_NONE)
-    for line, row in zip(lines[1:], rows, strict=True):
-        label = (row[label_column] or "").strip()
+            raise lines[0].error(f"has no column {name!r}; there are {shorten(header)}")
+    for line in lines[1:]:
+        row = dict(zip(header, line.text().split("\t"), strict=False))  # its fields are never quoted
+        if len(row) < len(header):
+            raise line.error(f"has {len(row)} columns of {len(header)}; fetch the table again")
+        label = row[label_column].strip()
         if label:
             place = f"{line.source}:{line.number}"
             yield Utterance(path.parent / "clips" / row["path"], label, row["client_id"], place=place)

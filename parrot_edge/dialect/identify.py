@@ -51,23 +51,23 @@ class Answer:
         return {"path": path, **vars(self)}
 
 
-def seed_row(path: str, answers: Sequence[Answer], topic: str) -> dict[str, Any] | None:
-    """What was heard in a recording as a seed of a dialogue: someone who speaks so asks about a topic.
+def seed_row(rows: Sequence[dict[str, Any]], topic: str) -> dict[str, Any] | None:
+    """A recording's rows, one or more, as a seed of a dialogue: someone who speaks so asks about a topic.
 
     The dialect is the one that was heard for most seconds; None where there was none.
 
-    >>> row = seed_row("a.wav", [Answer(0.0, 9.5, "Hokkien", {"Hokkien": 1.0}, False)], "trains")
-    >>> row["topic"], row["persona"], row["dialect"]
+    >>> seed = seed_row([Answer(0.0, 9.5, "Hokkien", {"Hokkien": 1.0}, False).row("a.wav")], "trains")
+    >>> seed["topic"], seed["persona"], seed["dialect"]
     ('trains', 'someone who speaks the dialect Hokkien', 'Hokkien')
     """
     seconds: dict[str, float] = defaultdict(float)
-    for answer in answers:
-        if answer.label is not None:
-            seconds[answer.label] += answer.end - answer.start
+    for row in rows:
+        if row["label"] is not None:
+            seconds[row["label"]] += row["end"] - row["start"]
     if not seconds:
         return None
     dialect = max(seconds, key=seconds.__getitem__)
-    start, end = answers[0].start, answers[-1].end
+    path, start, end = rows[0]["path"], rows[0]["start"], rows[-1]["end"]
     return {
         "id": f"{path}:{start:g}-{end:g}",
         "topic": topic,

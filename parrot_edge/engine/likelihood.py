@@ -124,6 +124,11 @@ class Likelihood:
         """The text that tokens stand for; what is left of a cut character is dropped."""
         return b"".join(map(self._model.piece, tokens)).decode("utf-8", "ignore")
 
+    def first_part(self, text: str, tokens: int) -> str:
+        """What the first so many tokens of a text stand for; the text itself where it has no more."""
+        read = self._model.tokenize(text.encode("utf-8"))
+        return self.text_of(read[:tokens]) if len(read) > tokens else text
+
     def last_part(self, text: str, tokens: int) -> str:
         """What the last so many tokens of a text stand for."""
         return self.text_of(self._model.tokenize(text.encode("utf-8"))[-tokens:])

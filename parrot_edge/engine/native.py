@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import llama_cpp.llama_cpp as C
@@ -31,7 +32,12 @@ MAX_SEQUENCES = 256
 
 _PENALTY_WINDOW = 64  # tokens
 _PENALTY_CANDIDATES = 128  # penalties look each candidate up, and llama.cpp finds more than 128 slowly
-_GGUF_STRING = 8  # enum gguf_type
+_GGUF_FLOAT32, _GGUF_STRING = 6, 8  # enum gguf_type
+_NO_WEIGHTS = ("I8", "I16", "I32", "I64", "F64")  # types of tensors that llama.cpp cannot multiply by
+_ADAPTER_KEYS = {
+    **dict.fromkeys(("general.type", "general.architecture", "adapter.type"), _GGUF_STRING),
+    "adapter.lora.alpha": _GGUF_FLOAT32,
+}
 _WARN, _ERROR = 3, 4  # ggml_log_level
 _ONLY_CONVERTED = ("NVFP4",)  # file types that llama.cpp reads but does not quantise to
 
@@ -44,8 +50,22 @@ def _on_log(level: int, text: bytes, _: object) -> None:
         _log.append(text.decode("utf-8", "replace").strip())
 
 
-# llama.cpp keeps the pointer, so the callback lives as long as the module does.
+_last_file: Path | None = None  # that llama.cpp was given
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_char_p)
+def _on_abort(text: bytes) -> None:
+    """Where llama.cpp finds what it takes to be impossible it ends the process, and nothing can stop it.
+    So the user hears one sentence, as of any other error, and no dump; what was recorded is on disk."""
+    reason = re.sub(r"^\S+:\d+: ", "", " ".join(text.decode("utf-8", "replace").split()))
+    sentence = f"parrot: llama.cpp gave up ({reason}); is {_last_file} damaged? Fetch or make it again"
+    os.write(2, f"{sentence}\n".encode("utf-8", "backslashreplace"))
+    os._exit(1)
+
+
+# llama.cpp keeps the pointers, so the callbacks live as long as the module does.
 C.llama_log_set(_on_log, ctypes.c_void_p(0))
+C._lib.ggml_set_abort_callback(_on_abort)
 C.llama_backend_init()
 
 
@@ -57,6 +77,11 @@ def llama_version() -> str:
 def system_info() -> str:
     """What the CPU offers to llama.cpp's kernels, as llama.cpp prints it."""
     return C.llama_print_system_info().decode()
+
+
+def supports_gpus() -> bool:
+    """Whether this build of llama.cpp computes on GPUs where there are some."""
+    return bool(C.llama_supports_gpu_offload())
 
 
 class _GgufParams(ctypes.Structure):
@@ -76,6 +101,7 @@ def _open_header(path: Path) -> Iterator[Any]:
         ("get_val_str", ctypes.c_char_p, ctypes.c_int64),
         ("get_kv_type", ctypes.c_int, ctypes.c_int64),
         ("get_n_tensors", ctypes.c_int64),
+        ("get_tensor_size", ctypes.c_size_t, ctypes.c_int64),
         ("get_tensor_name", ctypes.c_char_p, ctypes.c_int64),
         ("get_tensor_type", ctypes.c_int, ctypes.c_int64),
     ):
@@ -88,6 +114,25 @@ def _open_header(path: Path) -> Iterator[Any]:
         yield gguf, header
     finally:
         gguf.gguf_free(header)
+
+
+def _check_header(path: Path, types: Mapping[str, int] = MappingProxyType({})) -> None:
+    """Refuse what llama.cpp would not survive: tensors of nothing, weights that it has no arithmetic for,
+    and keys that are not of the type that it takes for granted. Raises `ModelError`."""
+    global _last_file
+    _last_file = path
+    kinds = [kind.name for kind in tensor_kinds()]
+    with _open_header(path) as (gguf, header):
+        for key, kind in types.items():
+            index = gguf.gguf_find_key(header, key.encode())
+            if index >= 0 and gguf.gguf_get_kv_type(header, index) != kind:
+                raise ModelError(f"{path} is damaged: {key} is of another type; fetch or make it again")
+        for index in range(gguf.gguf_get_n_tensors(header)):
+            kind = kinds[gguf.gguf_get_tensor_type(header, index)]
+            name = gguf.gguf_get_tensor_name(header, index).decode("utf-8", "replace")
+            is_weight = name.endswith((".weight", ".lora_a", ".lora_b"))
+            if not gguf.gguf_get_tensor_size(header, index) or (is_weight and kind in _NO_WEIGHTS):
+                raise ModelError(f"{path} is damaged: {name} is empty or {kind}; fetch or make it again")
 
 
 def is_activated(path: Path) -> bool:
@@ -241,7 +286,7 @@ class Model(_Handle):
 
     def __init__(self, path: Path, *, vocab_only: bool = False) -> None:
         self.path = path
-        _check_gguf(path)
+        _check_header(path)
         params = C.llama_model_default_params()
         params.vocab_only = vocab_only
         _log.clear()
@@ -251,7 +296,34 @@ class Model(_Handle):
         super().__init__(pointer, C.llama_model_free)
         self._vocab = C.llama_model_get_vocab(pointer)
         self.vocab_size: int = C.llama_vocab_n_tokens(self._vocab)
+        if not (self._names_its_ends() and self._spells_every_byte()):
+            self.close()
+            raise ModelError(f"{path} has no tokenizer that can be used; convert the model anew")
         self.metadata = _read_metadata(pointer)
+
+    def _names_its_ends(self) -> bool:
+        """Whether there is a tokenizer, and the tokens that its prompts begin and end with."""
+        vocab = self._vocab
+        if C.llama_vocab_type(vocab) == C.LLAMA_VOCAB_TYPE_NONE:
+            return False
+        ends = (
+            (C.llama_vocab_get_add_bos, C.llama_vocab_bos),
+            (C.llama_vocab_get_add_eos, C.llama_vocab_eos),
+        )
+        return all(token(vocab) >= 0 for is_added, token in ends if is_added(vocab))
+
+    def _spells_every_byte(self) -> bool:
+        """Whether a tokenizer that falls back to bytes has a token for each: llama.cpp dies over one that is
+        missing as soon as a text holds it."""
+        if C.llama_vocab_type(self._vocab) != C.LLAMA_VOCAB_TYPE_SPM:
+            return True
+        bytes_of = {text: byte for byte in range(256) for text in (b"<0x%02X>" % byte, bytes([byte]))}
+        missing = set(range(256))
+        for token in range(self.vocab_size):
+            missing.discard(bytes_of.get(C.llama_vocab_get_text(self._vocab, token), -1))
+            if not missing:
+                break
+        return not missing
 
     @property
     def trained_context(self) -> int:
@@ -334,7 +406,7 @@ class Model(_Handle):
 
     def load_adapter(self, path: Path) -> Adapter:
         """A LoRA in GGUF form, checked against this base; raises `ModelError` where it does not fit."""
-        _check_gguf(path)
+        _check_header(path, _ADAPTER_KEYS)
         _log.clear()
         pointer = C.llama_adapter_lora_init(self.pointer, os.fsencode(path))
         if not pointer:

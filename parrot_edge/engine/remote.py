@@ -307,7 +307,9 @@ class RemoteEngine:
                 int(code) if re.fullmatch("[45][0-9]{2}", code) else None,
                 f"{code} {error.body}",
             )
-        wait = parse_retry_after(error.response.headers.get("retry-after"), time.time())
+        headers = error.response.headers
+        now = _read_date(headers.get("date", ""))  # by the endpoint's clock: ours may be far off
+        wait = parse_retry_after(headers.get("retry-after"), time.time() if now is None else now)
         return _Failure(f"status {status}: {detail}", status, f"{error.code} {error.body}", wait)
 
     def _refusal(self, failure: _Failure) -> str:
@@ -373,12 +375,18 @@ def parse_retry_after(value: str | None, now: float) -> float:
     try:
         seconds = float(value)
     except ValueError:
-        try:
-            date = parsedate_to_datetime(value)
-            seconds = (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp() - now
-        except (ValueError, OverflowError):
-            return 0.0
+        date = _read_date(value)
+        seconds = 0.0 if date is None else date - now
     return seconds if seconds > 0 and math.isfinite(seconds) else 0.0
+
+
+def _read_date(value: str) -> float | None:
+    """Unix time of an HTTP date, or None where it is none."""
+    try:
+        date = parsedate_to_datetime(value)
+        return (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp()
+    except (ValueError, OverflowError):
+        return None
 
 
 def _extras(request: Request) -> dict[str, Any]:

@@ -260,6 +260,25 @@ class PairTrainer(_Run, DPOTrainer):
     def _prepare_dataset(self, dataset: Any, *arguments: Any) -> Any:
         return dataset
 
+    def prefer(self: Any, pairs: Sequence[Any]) -> float:
+        """The share of pairs of which the model, as it is now, finds the chosen answer the likelier one.
+
+        By the mean log-probability of a token, as in sum the longer answer is nearly always the less likely
+        one. trl's own accuracy compares with the model before training, so it says nothing of that.
+        """
+        size, won, model = self.args.per_device_eval_batch_size, 0, cast(nn.Module, self.model)
+        with evaluating(model), torch.no_grad():
+            for start in range(0, len(pairs), size):
+                batch = self._prepare_inputs(self.data_collator(pairs[start : start + size]))
+                answers = batch.pop("completion_mask")  # (2 B, T), chosen before rejected
+                labels = batch["input_ids"].masked_fill(answers == 0, CONTEXT)
+                with self.compute_loss_context_manager():
+                    scores = model(**batch, labels=labels, use_cache=False, fused_lm_head=True).log_probs
+                means = scores.float().sum(1) / (labels[:, 1:] != CONTEXT).sum(1)  # (2 B,)
+                chosen, rejected = means.chunk(2)
+                won += int((chosen > rejected).sum())
+        return won / len(pairs)
+
 
 def pair_collator(pad_token: int) -> Any:
     """Pairs side by side, padded on the right."""

@@ -260,13 +260,18 @@ def _arguments(job: Job, folder: Path) -> Any:
 
 
 def _measure(job: Job, trainer: Any, *, adapter: bool) -> dict[str, float]:
-    """Held-out figures: the role's loss in nats a token, by source; for pairs those of trl."""
+    """Held-out figures: the role's loss in nats a token, by source; for pairs how often the chosen answer
+    is the likelier one, and those of trl, which tell of the change alone."""
     if job.recipe.objective == "dpo":
-        if not adapter or not job.pairs["held_out"]:
+        pairs = job.pairs["held_out"]
+        if not pairs:
             return {}
+        preferred = {"held-out preference accuracy": trainer.prefer(pairs)}
+        if not adapter:
+            return preferred
         figures = trainer.evaluate()
         names = ("loss", "rewards/accuracies", "rewards/margins")
-        return {f"held-out {name}": float(figures[f"eval_{name}"]) for name in names}
+        return preferred | {f"held-out {name}": float(figures[f"eval_{name}"]) for name in names}
     losses = {name: trainer.measure(packs, adapter=adapter) for name, packs in job.held_out.items()}
     if not losses:
         return {}
@@ -284,6 +289,7 @@ def _describe(job: Job) -> dict[str, Any]:
         "data": {
             "sources": [asdict(source) for source in job.corpus.sources],
             "dialogues": job.corpus.dialogues,
+            **({"held_out_pairs": len(job.pairs["held_out"])} if job.pairs else {}),
             "skipped": job.corpus.skipped,
             "rows": job.plan.rows,
             "tokens": job.plan.tokens,

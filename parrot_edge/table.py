@@ -1,8 +1,12 @@
-"""Figures as a table for the terminal."""
+"""Figures as text, and tables of them for the terminal."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+Rows = list[tuple[str, tuple[str, ...]]]
+"""Titles of rows, and where a report has the figure."""
 
 
 def align_columns(lines: Sequence[Sequence[str]]) -> list[str]:
@@ -32,3 +36,26 @@ def format_figure(figure: dict[str, float] | None) -> str:
     form = ".1e" if 0 < size < 0.01 else ".3f" if size < 10 else ".2f" if size < 100 else ".1f"
     value, low, high = (format(figure[key], form) for key in ("value", "low", "high"))
     return f"{value} [{low} {high}]"
+
+
+def list_figures(sections: Iterable[tuple[str, Rows]], columns: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Lines of cells: each section's title, then its rows with a figure of every column's report; rows and
+    sections without any are left out.
+
+    >>> half = {"value": 0.5, "low": 0.25, "high": 1}
+    >>> list_figures([("Shares", [("first", ("a", "b")), ("none", ("x", "y"))])], [{"a": {"b": half}}])
+    [['Shares'], ['  first', '0.500 [0.250 1.000]']]
+    """
+    lines = []
+    for section, rows in sections:
+        cells = [(title, [format_figure(dig(column, *path)) for column in columns]) for title, path in rows]
+        known = [[f"  {title}", *row] for title, row in cells if any(row)]
+        lines += [[section], *known] if known else []
+    return lines
+
+
+def dig(tree: Any, *path: str) -> Any:
+    """What lies at a path of keys; an empty dictionary where there is nothing."""
+    for key in path:
+        tree = tree.get(key) or {}
+    return tree

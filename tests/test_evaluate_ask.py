@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from parrot_edge import evaluate
 from parrot_edge.cli.evaluate import ask as command
 from parrot_edge.cli.evaluate import evaluate as group
 from parrot_edge.dialogue import Message, Seed
@@ -18,10 +17,15 @@ from parrot_edge.engine.base import Reply
 from parrot_edge.engine.likelihood import Likelihood
 from parrot_edge.engine.scripted import ScriptedEngine
 from parrot_edge.errors import InputError, ModelError, UsageError
-from parrot_edge.evaluate import AskSettings, Stop, StopScore, System, Turn, TurnScore
+from parrot_edge.evaluate import ask as evaluate
+from parrot_edge.evaluate import ask_likelihood, ask_writing
+from parrot_edge.evaluate.ask import AskSettings, System
+from parrot_edge.evaluate.ask_likelihood import StopScore, TurnScore
+from parrot_edge.evaluate.sources import Stop, Turn, read_source
+from parrot_edge.evaluate.window import Window
 from parrot_edge.figures import Resampling, readable
 from parrot_edge.models import LocalModel, RemoteModel
-from parrot_edge.roles import FLIPPED, NATIVE, AskPrompt, Speaker
+from parrot_edge.roles import END_MARK, FLIPPED, NATIVE, AskPrompt, Speaker, ask_view
 from parrot_edge.simulate import RunSettings
 
 TALKS = {
@@ -71,7 +75,7 @@ def likelihood(embedded_model):
 
 
 def test_a_dialogue_becomes_its_user_turns_and_the_places_where_it_could_have_ended(talks):
-    source = evaluate.read_source(talks)
+    source = read_source(talks)
     assert (source.name, source.dialogues, len(source.groups)) == ("talks.jsonl", 3, 3)
     train = [place for place in source.places if place.dialogue == 1]
     kinds = [type(place) for place in train]
@@ -86,7 +90,7 @@ def test_a_turn_that_branches_share_is_measured_once(tmp_path):
         {"tree": "t", "messages": messages("hi", "Hello.", "who is there")},
         {"tree": "t", "messages": messages("hi", "Good day.")},
     ]
-    source = evaluate.read_source(write(tmp_path / "tree.jsonl", branches))
+    source = read_source(write(tmp_path / "tree.jsonl", branches))
     assert [turn.text for turn in source.turns] == ["hi", "who is there"]
     # Where a branch stops, collectors stopped, not the person
     assert [place.ended for place in source.places if isinstance(place, Stop)] == [False]
@@ -96,34 +100,34 @@ def test_a_turn_that_branches_share_is_measured_once(tmp_path):
 def test_a_conversation_that_was_stored_twice_ends_once(tmp_path):
     texts = TALKS["train"]
     grown = [{"messages": messages(*texts[:2])}, {"messages": messages(*texts)}]
-    source = evaluate.read_source(write(tmp_path / "grown.jsonl", grown))
+    source = read_source(write(tmp_path / "grown.jsonl", grown))
     assert len(source.turns) == 3
     assert [place.ended for place in source.places if isinstance(place, Stop)] == [False, False, True]
 
 
 def test_a_dialogue_that_ran_into_a_limit_did_not_end(tmp_path):
-    source = evaluate.read_source(write(tmp_path / "cut.jsonl", rows(stop_reason="turns")))
+    source = read_source(write(tmp_path / "cut.jsonl", rows(stop_reason="turns")))
     assert not any(place.ended for place in source.places if isinstance(place, Stop))
 
 
 def test_a_share_is_held_out_as_training_holds_it_out(tmp_path):
     talks = [{"messages": messages(f"question {number}", "Answer.")} for number in range(200)]
     path = write(tmp_path / "many.jsonl", talks)
-    held_out = evaluate.read_source(path, held_out=0.2)
+    held_out = read_source(path, held_out=0.2)
     assert 20 < held_out.dialogues < 60
-    some = evaluate.read_source(path, held_out=0.2, limit=10)
+    some = read_source(path, held_out=0.2, limit=10)
     assert some.dialogues == 10
     assert set(some.groups) < set(held_out.groups)
-    assert some.groups != evaluate.read_source(path, held_out=0.2, limit=10, seed=1).groups
+    assert some.groups != read_source(path, held_out=0.2, limit=10, seed=1).groups
 
 
 def test_bad_rows_are_refused_with_their_place_or_left_out(tmp_path):
     path = write(tmp_path / "bad.jsonl", [*rows(), {"messages": [{"role": "user", "content": "hello?"}]}])
     with pytest.raises(InputError, match=r"bad\.jsonl:4: has no assistant turn"):
-        evaluate.read_source(path)
-    assert evaluate.read_source(path, skip=True).dialogues == 3
+        read_source(path)
+    assert read_source(path, skip=True).dialogues == 3
     with pytest.raises(InputError, match="holds no dialogue to measure on"):
-        evaluate.read_source(write(tmp_path / "worse.jsonl", [{"messages": []}]), skip=True)
+        read_source(write(tmp_path / "worse.jsonl", [{"messages": []}]), skip=True)
 
 
 def test_a_model_is_named_with_its_prompt(model_file):
@@ -142,8 +146,8 @@ def test_a_model_is_named_with_its_prompt(model_file):
 
 
 def test_perplexity_is_that_of_the_turns_tokens_and_what_closes_them(likelihood, talks):
-    source = evaluate.read_source(talks)
-    turns, stops = evaluate.score_places(likelihood, NATIVE, source.places)
+    source = read_source(talks)
+    turns, stops = ask_likelihood.score_places(likelihood, NATIVE, source.places)
     assert (len(turns), len(stops)) == (6, 6)
     score = next(score for score in turns if score.turn.text == TALKS["kettle"][2])
     tokens, start = likelihood.encode(score.turn.history, "user", score.turn.text)
@@ -151,7 +155,7 @@ def test_perplexity_is_that_of_the_turns_tokens_and_what_closes_them(likelihood,
     assert score.nats == pytest.approx(-expected.sum(), rel=0.03)  # batches differ in the last bits
     assert (score.tokens, score.bytes) == (len(tokens) - start, len(TALKS["kettle"][2]))
     assert not any(score.shortened or score.cut for score in turns)
-    figures = evaluate._find_perplexity(turns, Resampling({source.name: source.groups}))
+    figures = ask_likelihood.find_perplexity(turns, Resampling({source.name: source.groups}))
     assert figures["per_token"][0] == pytest.approx(
         math.exp(sum(score.nats for score in turns) / sum(score.tokens for score in turns))
     )
@@ -161,14 +165,14 @@ def test_perplexity_is_that_of_the_turns_tokens_and_what_closes_them(likelihood,
 
 
 def test_flipped_ask_ends_with_its_mark_and_writes_as_the_assistant(likelihood, talks):
-    source = evaluate.read_source(talks)
-    native, _ = evaluate.score_places(likelihood, NATIVE, source.places[:2])
-    flipped, stops = evaluate.score_places(likelihood, FLIPPED, source.places[:2])
+    source = read_source(talks)
+    native, _ = ask_likelihood.score_places(likelihood, NATIVE, source.places[:2])
+    flipped, stops = ask_likelihood.score_places(likelihood, FLIPPED, source.places[:2])
     assert [score.tokens for score in flipped] == [score.tokens for score in native]
     assert [score.nats for score in flipped] != [score.nats for score in native]
     stop = stops[0].stop
-    view = evaluate.ask_view(Seed(""), stop.history, FLIPPED)
-    with_mark = likelihood.log_probs(*likelihood.encode(view, "assistant", evaluate.END_MARK)).sum()
+    view = ask_view(Seed(""), stop.history, FLIPPED)
+    with_mark = likelihood.log_probs(*likelihood.encode(view, "assistant", END_MARK)).sum()
     assert stops[0].log_prob >= with_mark - 0.1
 
 
@@ -182,16 +186,16 @@ def test_a_history_that_is_too_long_keeps_its_latest_exchanges(likelihood):
     turns = [Turn(member, 0, history[: 2 * count], "ok and after that") for count in range(1, 13)]
     views = []
     encode = likelihood.encode
-    window = evaluate._Window(likelihood, NATIVE)
+    window = Window(likelihood, "user", lambda some: ask_view(Seed(""), some, NATIVE))
     firsts = []
     for turn in turns:
-        views.append(window.view_of(turn))
+        views.append(window.view_of(turn.dialogue, turn.history, turn.text))
         firsts.append(window.first)
         assert len(encode(views[-1], "user", turn.text)[0]) <= likelihood.tokens
         assert views[-1] == list(turn.history[window.first :])
     assert firsts[0] == 0 < firsts[-1]
     assert len(set(firsts)) < len(firsts) / 2  # in leaps
-    assert window.view_of(Turn(member, 1, (), "hello")) == []  # another dialogue
+    assert window.view_of(1, (), "hello") == []  # another dialogue
 
 
 def test_what_fits_no_way_is_cut(likelihood):
@@ -202,7 +206,7 @@ def test_what_fits_no_way_is_cut(likelihood):
         Turn(member, 1, long_answer, "shorter please"),
         Stop(member, 1, long_answer, ended=True),
     ]
-    (opening, follow_up), stops = evaluate.score_places(likelihood, NATIVE, places)
+    (opening, follow_up), stops = ask_likelihood.score_places(likelihood, NATIVE, places)
     assert opening.cut
     assert not opening.shortened
     assert opening.bytes < len(endless)
@@ -217,7 +221,7 @@ def test_ending_compares_real_ends_with_the_middle():
     def auc(at_end, in_middle):
         scores = [StopScore(Stop(m, 0, (), True), math.log(at_end)) for m in members]
         scores += [StopScore(Stop(m, 0, (), False), math.log(in_middle)) for m in members]
-        return readable(evaluate._find_ending(scores, Resampling({"s": [name for _, name in members]})))
+        return readable(ask_likelihood.find_ending(scores, Resampling({"s": [name for _, name in members]})))
 
     assert auc(0.5, 0.1)["auc"]["value"] == 1
     assert auc(0.1, 0.5)["auc"]["value"] == 0
@@ -241,11 +245,11 @@ def test_written_turns_are_described_and_stand_at_their_places():
     script = ["Sure! Here is a list of ideas:", "", "ok and what does it cost?", "why", "[END]", "oh"]
     script += [Reply("cut off in the", "length"), Reply("", "context")]
     engine = ScriptedEngine(script)
-    replies = asyncio.run(evaluate.write_turns(Speaker(engine, prompt=NATIVE), turns, parallel=1))
+    replies = asyncio.run(ask_writing.write_turns(Speaker(engine, prompt=NATIVE), turns, parallel=1))
     assert [reply.text for reply in replies[:2]] == script[:2]
     assert {request.next_role for request in engine.history} == {"user"}
     assert len({request.seed for request in engine.history}) == 8
-    report = readable(evaluate.describe_replies(turns, replies, _resampling(turns)))
+    report = readable(ask_writing.describe_replies(turns, replies, _resampling(turns)))
     assert (report["places"], report["left_out"]) == (7, 1)
     values = {key: figure["value"] for key, figure in report.items() if isinstance(figure, dict)}
     assert values["wrong_role"] == pytest.approx(1 / 7, abs=1e-5)
@@ -259,7 +263,7 @@ def test_written_turns_are_described_and_stand_at_their_places():
 
 def test_a_flipped_ask_is_asked_as_the_assistant():
     engine = ScriptedEngine(["hm"])
-    asyncio.run(evaluate.write_turns(Speaker(engine, prompt=FLIPPED), _turns(1)))
+    asyncio.run(ask_writing.write_turns(Speaker(engine, prompt=FLIPPED), _turns(1)))
     assert engine.history[0].next_role == "assistant"
     assert engine.history[0].messages[0].content == FLIPPED.system
 
@@ -270,7 +274,7 @@ def test_the_same_words_again_and_again_are_not_diverse():
     members = [("s", str(number)) for number in range(60)]
 
     def distinct(texts):
-        figures = evaluate.describe_texts(texts, members, Resampling({"s": [name for _, name in members]}))
+        figures = ask_writing.describe_texts(texts, members, Resampling({"s": [name for _, name in members]}))
         return readable([figures["distinct_1"], figures["distinct_2"]])
 
     same, different = distinct(["and what about the rice"] * 60), distinct(varied)
@@ -293,7 +297,7 @@ def test_the_classifier_tells_what_differs_and_nothing_else():
 
     def auc(one, two, count=100):
         pairs = list(zip(one, two, strict=True))[:count]
-        return readable(evaluate.tell_apart(pairs, members[:count], resampling))
+        return readable(ask_writing.tell_apart(pairs, members[:count], resampling))
 
     assert auc(some, other)["value"] > 0.99
     alike = auc(some, same)
@@ -304,11 +308,11 @@ def test_the_classifier_tells_what_differs_and_nothing_else():
 
 def test_points_are_drawn_evenly_and_always_the_same(talks, tmp_path):
     many = [{"messages": messages(f"number {number}", "Yes.")} for number in range(50)]
-    sources = [evaluate.read_source(talks), evaluate.read_source(write(tmp_path / "many.jsonl", many))]
-    drawn = evaluate.sample_turns(sources, 20)
+    sources = [read_source(talks), read_source(write(tmp_path / "many.jsonl", many))]
+    drawn = ask_writing.sample_turns(sources, 20)
     assert [sum(turn.member[0] == source.name for turn in drawn) for source in sources] == [6, 10]
-    assert drawn == evaluate.sample_turns(sources, 20)
-    assert drawn != evaluate.sample_turns(sources, 20, seed=1)
+    assert drawn == ask_writing.sample_turns(sources, 20)
+    assert drawn != ask_writing.sample_turns(sources, 20, seed=1)
 
 
 def test_simulated_dialogues_count_what_is_drawn_again():
@@ -324,7 +328,7 @@ def test_simulated_dialogues_count_what_is_drawn_again():
     seeds = [Seed(name, (Message("user", name),)) for name in ("flip", "a", "b", "c")]
     speaker = Speaker(engine, prompt=NATIVE)
     report = readable(
-        asyncio.run(evaluate.simulate_dialogues(speaker, speaker, seeds, RunSettings(turns=4, parallel=2)))
+        asyncio.run(ask_writing.simulate_dialogues(speaker, speaker, seeds, RunSettings(turns=4, parallel=2)))
     )
     assert report["dialogues"] == 4
     assert report["messages"] == 3 + 3 * 2
@@ -343,13 +347,13 @@ def test_topics_open_sessions_of_their_own_and_flipped_chat_is_not_counted():
     engine = ScriptedEngine(script)
     seeds = [Seed("a", topic="soup"), Seed("b", topic="rain")]
     report = asyncio.run(
-        evaluate.simulate_dialogues(
+        ask_writing.simulate_dialogues(
             Speaker(engine, prompt=FLIPPED), Speaker(engine), seeds, RunSettings(turns=4)
         )
     )
     assert (report["dialogues"], report["messages"], report["wrong_role"][0]) == (2, 4, 0)
     native = asyncio.run(
-        evaluate.simulate_dialogues(
+        ask_writing.simulate_dialogues(
             Speaker(ScriptedEngine(lambda r: r.next_role), prompt=NATIVE),
             Speaker(engine),
             seeds,
@@ -409,7 +413,7 @@ def test_an_endpoint_has_no_likelihoods(talks, monkeypatch):
     monkeypatch.setattr(evaluate, "open_pair", open_pair)
     pytest.importorskip("sklearn")
     systems = [System(RemoteModel("big", "http://localhost:1/v1"))]
-    report = asyncio.run(evaluate.evaluate_ask(systems, [evaluate.read_source(talks)], AskSettings(points=6)))
+    report = asyncio.run(evaluate.evaluate_ask(systems, [read_source(talks)], AskSettings(points=6)))
     [system] = report["systems"]
     assert (system["perplexity"], system["ending"], system["prompt"]) == (None, None, "flipped")
     assert system["turns"]["places"] == 6
@@ -417,7 +421,7 @@ def test_an_endpoint_has_no_likelihoods(talks, monkeypatch):
 
 def test_without_scikit_learn_there_is_one_sentence(talks, monkeypatch):
     monkeypatch.setattr(evaluate.importlib.util, "find_spec", lambda name: None)
-    source = evaluate.read_source(talks)
+    source = read_source(talks)
     with pytest.raises(UsageError, match=r"needs scikit-learn; run pip install 'parrot-edge\[train\]'"):
         asyncio.run(evaluate.evaluate_ask([], [source], AskSettings()))
     with pytest.raises(UsageError, match="the same name"):
@@ -442,7 +446,7 @@ def test_a_paired_difference_is_narrower_than_what_it_is_made_of():
             TurnScore(turn, float(nats * factor), 10 + number % 7, 40, False, False)
             for number, (turn, nats) in enumerate(zip(turns, hard, strict=True))
         ]
-        return {"sources": {"s": evaluate._find_perplexity(scores, resampling)}}
+        return {"sources": {"s": ask_likelihood.find_perplexity(scores, resampling)}}
 
     first, second = perplexity(1.0), perplexity(0.99)
     evaluate._compare_with_first([first, second])

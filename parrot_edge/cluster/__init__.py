@@ -1,0 +1,1 @@
+"""The same runs on a Ray cluster: engines that are elsewhere, work that is spread."""

@@ -1,0 +1,1 @@
+"""How good Ask and Chat are."""
