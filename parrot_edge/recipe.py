@@ -291,9 +291,9 @@ class DialectAugment:
 class DialectOptim:
     """How the network is fitted: AdamW, one cycle of the learning rate, AM-softmax (arXiv 1801.05599).
 
-    balance    what levels labels of different size: "draw" their recordings as often as others', "weigh"
-               their losses, or "none"
-    margin     of AM-softmax, reached after a quarter of the run
+    balance    what levels labels of different size: "draw" their recordings as often as others', and those of
+               each source as often within a label, "weigh" their losses, or "none"
+    margin     of AM-softmax, reached after half of the run
     scale      of AM-softmax
     patience   end after so many epochs without a better held-out figure
     """
@@ -304,8 +304,8 @@ class DialectOptim:
     weight_decay: float = _number(0.05, 0)
     max_grad_norm: float = _number(5.0, 0)
     balance: Literal["draw", "weigh", "none"] = "draw"
-    margin: float = _number(0.2, 0, 0.9)
-    scale: float = _number(30.0, 1)
+    margin: float = _number(0.1, 0, 0.9)
+    scale: float = _number(15.0, 1)
     patience: int = _number(8, 1)
 
 

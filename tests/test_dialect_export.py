@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +77,15 @@ def test_onnx_says_what_torch_says_at_any_length(architecture: str, tmp_path: Pa
     assert list(tmp_path.iterdir()) == [tmp_path / "m.onnx"]
     with pytest.raises(OutputError, match="--force"):
         export_onnx(model, CARD, tmp_path / "m.onnx")
+
+
+def test_half_weights_take_half_the_room_and_say_nearly_the_same(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = build_network(replace(TINY, channels=64, growth=32, bottleneck=64, embedding=64), 3)
+    export_onnx(model, CARD, tmp_path / "whole.onnx")
+    assert 0 < export_onnx(model, CARD, tmp_path / "half.onnx", half=True) < 2e-3
+    whole, half = ((tmp_path / f"{name}.onnx").stat().st_size for name in ("whole", "half"))
+    assert half < 0.7 * whole
 
 
 def test_file_that_is_not_ours_is_refused(tmp_path: Path) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,8 +16,13 @@ from parrot_edge.errors import InputError, UsageError
 from parrot_edge.jsonl import Writer, read_lines
 from parrot_edge.recipe import DialectRecipe, load_recipe
 
+if TYPE_CHECKING:
+    from parrot_edge.dialect.runtime import Runtime
+
 _model_option = click.option(
-    "--model", required=True, metavar="MODEL", help="A model.onnx, or the folder of a training run."
+    "--model",
+    metavar="MODEL",
+    help="A model.onnx, or the folder of a training run.  [default: a demonstration, US and British English]",
 )
 _threads_option = click.option(
     "--threads", type=click.IntRange(1), default=1, show_default=True, help="CPU threads of the network."
@@ -42,6 +47,18 @@ def _say(line: str) -> None:
     click.echo(line, err=True)
 
 
+def _open_model(model: str | None, threads: int) -> Runtime:
+    from parrot_edge.dialect.runtime import DEMONSTRATION, Runtime
+
+    runtime = Runtime(model or DEMONSTRATION, threads=threads)
+    if model is None:
+        _say(
+            f"parrot: without --model a demonstration tells {' and '.join(runtime.labels)} English apart; "
+            "it knows synthesisers, not people: train your own"
+        )
+    return runtime
+
+
 @click.group()
 def dialect() -> None:
     """Tell spoken dialects apart: train on recordings, measure, export, identify.
@@ -60,14 +77,30 @@ def dialect() -> None:
 @dialect.command()
 @click.option("-o", "--output", required=True, metavar="DIR", help="Folder for sounds and manifest.jsonl.")
 @click.option(
+    "--source",
+    type=click.Choice(["espeak-ng", "flite", "kokoro"]),
+    default="espeak-ng",
+    show_default=True,
+    help="Which synthesiser speaks.",
+)
+@click.option(
+    "--model",
+    metavar="DIR",
+    help="Kokoro's model, as the hub's onnx-community/Kokoro-82M-v1.0-ONNX has it.",
+)
+@click.option(
     "--voice",
     "voices",
     metavar="LABEL=VOICE",
     multiple=True,
-    help="A label and its espeak-ng voice; may be given again.  [default: six kinds of English]",
+    help="A label and a voice that speaks it; may be given again.  [default: English ones]",
 )
 @click.option(
-    "--speakers", type=click.IntRange(2), default=20, show_default=True, help="Timbres of each label."
+    "--speakers",
+    type=click.IntRange(2),
+    default=20,
+    show_default=True,
+    help="Timbres of each of espeak-ng's voices; others' voices are speakers themselves.",
 )
 @click.option(
     "--sentences", type=click.IntRange(1), default=10, show_default=True, help="Recordings of each speaker."
@@ -77,33 +110,48 @@ def dialect() -> None:
 )
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of all random numbers.")
 def synthesize(
-    output: str, voices: tuple[str, ...], speakers: int, sentences: int, text: str | None, seed: int
+    output: str,
+    source: str,
+    model: str | None,
+    voices: tuple[str, ...],
+    speakers: int,
+    sentences: int,
+    text: str | None,
+    seed: int,
 ) -> None:
-    """Make a corpus to practise on with espeak-ng, which must be installed.
+    """Make a corpus to practise on with a synthesiser, which must be installed.
 
-    A model that knows only one synthesiser hears that synthesiser, not people: what is measured on such a
-    corpus says nothing of real speech.
+    A model that knows only one synthesiser hears that synthesiser, not people: mix several, and hold one out.
 
     \b
     Examples:
       parrot dialect synthesize -o practice
       parrot dialect synthesize -o brazil --voice br=pt-br --voice pt=pt --text sentences.txt
+      parrot dialect synthesize -o more --source flite --voice us=rms --voice us=slt --voice scotland=awb
+      parrot dialect synthesize -o better --source kokoro --model Kokoro-82M-v1.0-ONNX
     """
     from parrot_edge.dialect import synthesize as synthesis
+    from parrot_edge.dialect.voices import ENGLISH, FLITE, espeak_voices, flite_voices, kokoro_voices
 
-    chosen = dict(synthesis.ENGLISH)
-    if voices:
-        chosen = {}
-        for each in voices:
-            label, equals, voice = each.partition("=")
-            if not (label and equals and voice):
-                raise UsageError(f"--voice {each}: write LABEL=VOICE")
-            chosen[label] = voice
+    if (source == "kokoro") != (model is not None):
+        raise UsageError("--source kokoro and --model DIR belong together")
+    wishes = [_parse_wish(each) for each in voices]
+    if source == "espeak-ng":
+        chosen = espeak_voices(wishes or ENGLISH, speakers=speakers, seed=seed)
+    elif source == "flite":
+        chosen = flite_voices(wishes or FLITE, seed=seed)
+    else:
+        chosen = kokoro_voices(str(model), wishes, seed=seed)
     texts = [line.text().strip() for line in read_lines(text)] if text else synthesis.builtin_sentences()
-    count = synthesis.synthesize(
-        Path(output), chosen, texts, speakers=speakers, sentences=sentences, seed=seed
-    )
+    count = synthesis.synthesize(Path(output), chosen, texts, sentences=sentences, seed=seed)
     _say(f"parrot: {count} recordings, see {Path(output) / 'manifest.jsonl'}")
+
+
+def _parse_wish(text: str) -> tuple[str, str]:
+    label, equals, voice = text.partition("=")
+    if not (label and equals and voice):
+        raise UsageError(f"--voice {text}: write LABEL=VOICE")
+    return label, voice
 
 
 @dialect.command()
@@ -212,7 +260,7 @@ def train(
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def evaluate(
     corpora: tuple[str, ...],
-    model: str,
+    model: str | None,
     held_out: bool,
     lengths: tuple[float, ...],
     pictures: str | None,
@@ -233,21 +281,24 @@ def evaluate(
     """
     from parrot_edge.dialect.corpus import read_corpus, split_by_speaker
     from parrot_edge.dialect.evaluate import evaluate_corpus, score_corpus
-    from parrot_edge.dialect.runtime import Runtime
 
-    runtime = Runtime(model, threads=threads)
+    runtime = _open_model(model, threads)
     found = [each for place in corpora for each in read_corpus(place, label_column=label_column)]
     if held_out:
         split = runtime.card.split
         if not split:
-            raise UsageError(f"{model} held back a corpus of its own; measure on that, without --held-out")
+            raise UsageError(
+                f"{runtime.card.name} held back a corpus of its own; measure on that, without --held-out"
+            )
         found = list(
             split_by_speaker(found, split["held_out"], split["seed"], sources=split["sources"]).held_out
         )
     scores = score_corpus(runtime, found, lengths or (1, 3, 10), _tell if on_error == "skip" else None)
     report = evaluate_corpus(runtime, scores)
     if pictures:
-        _draw(scores["all"], Path(pictures))
+        everything = scores["all"]
+        calibrated = runtime.calibration.log_likelihoods(everything.matrix)
+        _draw(replace(everything, matrix=calibrated), Path(pictures))
     if as_json:
         click.echo(json.dumps(report, ensure_ascii=False))
         return
@@ -283,21 +334,22 @@ def _table(lengths: dict[str, dict[str, Any]]) -> Iterator[str]:
 @dialect.command()
 @click.argument("run", metavar="RUN")
 @click.option("-o", "--output", required=True, metavar="FILE", help="The ONNX file.")
+@click.option("--half", is_flag=True, help="Keep weights in 16 bits: half the size, the same speed.")
 @click.option("--force", is_flag=True, help="Replace an existing file.")
-def export(run: str, output: str, force: bool) -> None:
+def export(run: str, output: str, half: bool, force: bool) -> None:
     """Write the network of a training run as one ONNX file, checked against torch at several lengths.
 
     Inputs and outputs: features (B, F, 80), log-mel less their mean; embedding (B, E); cosines (B, L).
 
     \b
     Example:
-      parrot dialect export dialect -o dialect.onnx
+      parrot dialect export dialect -o dialect.onnx --half
     """
     from parrot_edge.dialect.export import export_onnx
     from parrot_edge.dialect.trainer import load_trained
 
     model, card = load_trained(run)
-    difference = export_onnx(model, card, Path(output), force=force)
+    difference = export_onnx(model, card, Path(output), force=force, half=half)
     click.echo(f"{output}: differs from torch by at most {difference:.1e}")
 
 
@@ -317,17 +369,23 @@ def export(run: str, output: str, force: bool) -> None:
 @click.option(
     "--rate", type=click.IntRange(4000, 384000), default=16000, show_default=True, help="Of --pcm, in Hz."
 )
+@click.option(
+    "--topic",
+    metavar="TEXT",
+    help="Write a seed for `parrot simulate` a recording: someone who speaks its dialect asks about this.",
+)
 @_threads_option
 @_on_error_option
 @options.ray_option
 def identify(
     files: tuple[str, ...],
-    model: str,
+    model: str | None,
     output: str,
     force: bool,
     window: float,
     pcm: bool,
     rate: int,
+    topic: str | None,
     threads: int,
     on_error: str,
     ray: str | None,
@@ -344,17 +402,20 @@ def identify(
       parrot dialect identify *.wav --model dialect > rows.jsonl
       parrot dialect identify - --model dialect --on-error skip < manifest.jsonl
       arecord -f S16_LE -r 16000 -t raw | parrot dialect identify --pcm --model dialect
+      parrot dialect identify *.wav --topic "a train that is late" | parrot simulate -o dialogues.jsonl
     """
     from parrot_edge.dialect.audio import require_audio
     from parrot_edge.dialect.identify import identify_file, identify_stream, read_pcm
-    from parrot_edge.dialect.runtime import Runtime
+    from parrot_edge.dialect.runtime import DEMONSTRATION
 
     if pcm and files not in ((), ("-",)):
         raise UsageError("--pcm takes sound from stdin; leave the file names out")
+    if pcm and topic:
+        raise UsageError("--topic makes a seed of a recording, and --pcm has no end; give one of them")
     if pcm and ray:
         raise UsageError("--pcm is one stream, so there is nothing to spread; leave --ray out")
     require_audio()
-    runtime = Runtime(model, threads=threads)
+    runtime = _open_model(model, threads)
     with options.connect_ray(ray) as cluster, Writer(output, force=force) as writer:
         if pcm:
             for answer in identify_stream(runtime, read_pcm(sys.stdin.buffer, rate), window=window):
@@ -366,19 +427,35 @@ def identify(
             from parrot_edge.cluster.hearing import hear_on_ray
 
             parts = map(_part_or_error, wanted)
-            for rows, failure in hear_on_ray(cluster, model, parts, window=window, threads=threads):
-                for row in rows:
-                    writer.write(row)
+            where = model or DEMONSTRATION
+            for rows, failure in hear_on_ray(cluster, where, parts, window=window, threads=threads):
+                if topic is None or not failure:
+                    _write_rows(writer, rows, topic)
                 if failure:
                     refuse(failure)
             return
         for part in wanted:
             try:
                 path, start, end = part()
-                for answer in identify_file(runtime, path, start, end, window=window):
-                    writer.write(answer.row(path))
+                answers = identify_file(runtime, path, start, end, window=window)
+                _write_rows(writer, (answer.row(path) for answer in answers), topic)
             except InputError as error:
                 refuse(error)
+
+
+def _write_rows(writer: Writer, rows: Iterable[dict[str, Any]], topic: str | None) -> None:
+    """The rows of a recording, or with a topic one seed made of all of them."""
+    if topic is None:
+        for row in rows:
+            writer.write(row)
+        return
+    from parrot_edge.dialect.identify import seed_row
+
+    heard = list(rows)
+    if seed := seed_row(heard, topic):
+        writer.write(seed)
+    else:
+        _say(f"parrot: no seed: no dialect was heard in {heard[0]['path']}")
 
 
 def _raise(error: InputError) -> None:

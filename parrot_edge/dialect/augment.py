@@ -38,10 +38,11 @@ def change_speed(wave: np.ndarray, factor: float) -> np.ndarray:
 
 def add_noise(wave: np.ndarray, random: np.random.Generator) -> np.ndarray:
     """Add noise of a random colour (power falls with frequency to the power of 0..2) at 5 to 25 dB."""
-    spectrum = np.fft.rfft(random.standard_normal(len(wave)))
+    size = 1 << (len(wave) - 1).bit_length()  # of an odd length the transform can take ten times as long
+    spectrum = np.fft.rfft(random.standard_normal(size))
     slope = random.uniform(0, 2)
-    spectrum *= np.maximum(np.arange(len(spectrum)), 20.0 * len(wave) / audio.RATE) ** (-slope / 2)
-    noise = np.fft.irfft(spectrum, len(wave))
+    spectrum *= np.maximum(np.arange(len(spectrum)), 20.0 * size / audio.RATE) ** (-slope / 2)
+    noise = np.fft.irfft(spectrum, size)[: len(wave)]
     ratio = 10 ** (random.uniform(*_SNR) / 20)
     level = np.sqrt(np.mean(wave.astype(float) ** 2) / max(np.mean(noise**2), 1e-20)) / ratio
     return (wave + level * noise).astype(np.float32)

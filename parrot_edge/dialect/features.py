@@ -28,7 +28,7 @@ from parrot_edge.store import cache_dir, lock, read_json, write_json
 BANDS = 80
 FRAMES_PER_SECOND = 100
 
-_VERSION = 1  # of what is cached: raise it when a feature changes
+_VERSION = 2  # of what is cached: raise it when a feature changes
 
 
 def log_mel(wave: np.ndarray) -> np.ndarray:

@@ -6,7 +6,8 @@ calibrated. A window without speech is answered by no label. It writes nothing; 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -48,6 +49,34 @@ class Answer:
     def row(self, path: str) -> dict[str, Any]:
         """As a row of output."""
         return {"path": path, **vars(self)}
+
+
+def seed_row(rows: Sequence[dict[str, Any]], topic: str) -> dict[str, Any] | None:
+    """A recording's rows, one or more, as a seed of a dialogue: someone who speaks so asks about a topic.
+
+    The dialect is the one that was heard for most seconds; None where there was none.
+
+    >>> seed = seed_row([Answer(0.0, 9.5, "Hokkien", {"Hokkien": 1.0}, False).row("a.wav")], "trains")
+    >>> seed["topic"], seed["persona"], seed["dialect"]
+    ('trains', 'someone who speaks the dialect Hokkien', 'Hokkien')
+    """
+    seconds: dict[str, float] = defaultdict(float)
+    for row in rows:
+        if row["label"] is not None:
+            seconds[row["label"]] += row["end"] - row["start"]
+    if not seconds:
+        return None
+    dialect = max(seconds, key=seconds.__getitem__)
+    path, start, end = rows[0]["path"], rows[0]["start"], rows[-1]["end"]
+    return {
+        "id": f"{path}:{start:g}-{end:g}",
+        "topic": topic,
+        "persona": f"someone who speaks the dialect {dialect}",
+        "dialect": dialect,
+        "path": path,
+        "start": start,
+        "end": end,
+    }
 
 
 class Listener:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 
-from parrot_edge.dialect.scoring import Scores, confusion, det_points
+from parrot_edge.dialect.scoring import Scores, confusion, det_points, detection_ratios
 
 _TICKS = (0.001, 0.01, 0.05, 0.2, 0.5, 0.8, 0.95)
 
@@ -55,8 +56,8 @@ def draw_confusion(scores: Scores, path: Path) -> None:
 
 
 def draw_det(scores: Scores, path: Path) -> None:
-    """Misses against false alarms on normal deviates (Martin et al. 1997)."""
-    fa, miss = det_points(scores)
+    """Misses against false alarms on normal deviates (Martin et al. 1997), of log-likelihoods."""
+    fa, miss = det_points(replace(scores, matrix=detection_ratios(scores.matrix)))
     probit = np.vectorize(lambda share: NormalDist().inv_cdf(min(max(share, 5e-4), 1 - 5e-4)))
     with _picture(path, 5, 5) as figure:
         axes = figure.add_subplot(xlabel="false alarms (%)", ylabel="misses (%)", aspect="equal")

@@ -16,6 +16,9 @@ from parrot_edge.dialect.calibration import Calibration
 from parrot_edge.dialect.features import normalize
 from parrot_edge.errors import ModelError, UsageError
 
+DEMONSTRATION = Path(__file__).parent / "demonstration"
+"""Folder of the model that comes with the package, and its card; it learned from synthesisers."""
+
 KEY = "parrot_edge.dialect"
 """The metadata entry that makes an ONNX file one of ours."""
 

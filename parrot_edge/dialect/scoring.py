@@ -13,7 +13,7 @@ It knows nothing of audio or networks.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -242,12 +242,13 @@ def resample_speakers(scores: Scores, seed: int = 0) -> np.ndarray:
 def measure(scores: Scores, log_likelihoods: np.ndarray, *, seed: int = 0) -> dict[str, Any]:
     """All measures with their 95 % intervals over speakers, as a report that JSON takes.
 
-    log_likelihoods  float64 (N, L), the same utterances after calibration; `cavg` holds at threshold 0
-                     of their `detection_ratios`, which was fixed before the answers were seen
+    log_likelihoods  float64 (N, L), the same utterances after calibration: what `identify` decides by. `cavg`
+                     holds at threshold 0 of their `detection_ratios`, fixed before the answers were seen
     """
     weights = resample_speakers(scores, seed)
-    ratios = Scores(scores.labels, detection_ratios(log_likelihoods), scores.truth, scores.speakers)
-    counts = confusion(scores)
+    decided = replace(scores, matrix=log_likelihoods)
+    ratios = replace(scores, matrix=detection_ratios(log_likelihoods))
+    counts = confusion(decided)
     names = [*scores.labels, "unknown"][: len(counts)]
     speakers = [
         len({who for who, truth in zip(scores.speakers, scores.truth, strict=True) if truth == at})
@@ -265,7 +266,7 @@ def measure(scores: Scores, log_likelihoods: np.ndarray, *, seed: int = 0) -> di
             "utterances": len(scores.truth),
             "speakers": len(set(scores.speakers)),
             "set": "open" if scores.is_open else "closed",
-            "accuracy": _with_limits(accuracy(scores, weights), 1.0, fewest),
+            "accuracy": _with_limits(accuracy(decided, weights), 1.0, fewest),
             **{name: _with_limits(figure, 0.0, fewest) for name, figure in errors.items()},
             "confusion": {name: counts[at].tolist() for at, name in enumerate(names)},
             "labels": list(scores.labels),

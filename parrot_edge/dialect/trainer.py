@@ -46,7 +46,7 @@ Say = Callable[[str], None]
 
 _HELD_OUT_FRAMES = 1000  # of a longer recording the first ten seconds are measured
 _WARM_UP = 0.1  # of all steps
-_MARGIN_RISE = 0.25
+_MARGIN_RISE = 0.5
 
 
 @dataclass
@@ -57,6 +57,7 @@ class Job:
     labels: tuple[str, ...]
     train: FeatureStore
     train_labels: np.ndarray
+    train_sources: list[str]
     held_out: FeatureStore
     held_out_rows: list[Utterance]
     identity: str
@@ -137,6 +138,7 @@ def prepare(recipe: DialectRecipe, *, say: Say = lambda line: None) -> Job:
         labels,
         store,
         np.array([labels.index(each.label) for each in rows]),
+        [each.source for each in rows],
         held_out,
         held_rows,
         json.dumps([asdict(replace(recipe, name="")), store.identity, held_out.identity], sort_keys=True),
@@ -157,7 +159,7 @@ def _run(job: Job, folder: Path, say: Say) -> dict[str, Any]:
         torch.set_num_threads(recipe.run.threads)
     torch.manual_seed(recipe.run.seed)
     model = build_network(recipe.network, len(job.labels)).to(device)
-    batches = Batches(job.train, job.train_labels, recipe)
+    batches = Batches(job.train, job.train_labels, recipe, job.train_sources)
     optimizer = torch.optim.AdamW(model.parameters(), lr=optim.learning_rate, weight_decay=optim.weight_decay)
     weights = batches.class_weights()
     class_weights = None if weights is None else torch.from_numpy(weights).to(device)
@@ -312,8 +314,9 @@ def _finish(job: Job, folder: Path, model: Any, curve: list[dict[str, Any]], epo
     }
     (folder / "curve.jsonl").write_bytes(b"".join(map(encode, curve)))
     pictures.draw_curve([line.row() for line in read_lines(folder / "curve.jsonl")], folder / "curve.png")
-    pictures.draw_confusion(scores, folder / "confusion.png")
-    pictures.draw_det(scores, folder / "det.png")
+    calibrated = replace(scores, matrix=calibration.log_likelihoods(scores.matrix))
+    pictures.draw_confusion(calibrated, folder / "confusion.png")
+    pictures.draw_det(calibrated, folder / "det.png")
     write_card(folder / "README.md", recipe, record)
     write_json(folder / "training.json", record)
     (folder / "checkpoint.pt").unlink(missing_ok=True)
