@@ -134,7 +134,7 @@ class Run:
         assert said in errors, errors
 
     def wait_for_progress(self) -> None:
-        """Wait until a resumed process has opened its journal anew and added to it."""
+        """Wait until a process has opened its journal, or opened it anew, and added to it."""
         self._wait_until(lambda: self.journal.exists() and self.journal.stat().st_ino != self._old_journal)
         size = self.journal.stat().st_size
         self._wait_until(lambda: self.journal.stat().st_size > size)
@@ -295,9 +295,11 @@ class Soak:
             lambda: self._kill(random.Random(self._seed + 3)),
         ]
         self._choose_file()
+        for feeder in feeders:
+            feeder.run.start("-")
+            feeder.feed()
+            feeder.run.wait_for_progress()
         self.began = time.monotonic()
-        self.steady.start("-")
-        self.remote.start("-")
         with ThreadPoolExecutor(len(jobs)) as pool:
             tasks = [pool.submit(job) for job in jobs]
             while not self._over.is_set():

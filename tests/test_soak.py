@@ -18,7 +18,7 @@ def test_nothing_grows_and_nothing_is_lost_while_everything_goes_wrong(tmp_path:
     report = soak(tmp_path / "soak", minutes, warm_up=min(10.0, minutes / 2))
     assert report["complaints"] == []
     runs = report["runs"]
-    assert set(runs["killed"]["faults"]) == {"kill", "interrupt", "full disk"}
+    assert {"kill", "full disk"} <= set(runs["killed"]["faults"])
     assert set(runs["steady"]["faults"]) == {"stop", "clock jump"}
     assert {"silent endpoint", "stalled endpoint", "busy endpoint"} <= set(runs["remote"]["faults"])
     assert all(run["messages_compared"] > 0 for run in runs.values())

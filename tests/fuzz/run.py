@@ -64,9 +64,8 @@ def main() -> None:
                     return put_together(parts)[:most]
             return atheris.Mutate(data, most)
 
-        if given.grow:
-            given.grow.mkdir(parents=True, exist_ok=True)
-        places = [given.grow, HERE / "corpus" / given.target]
+        grown = given.grow or folder / "grown"  # the first place is the one that is written to
+        grown.mkdir(parents=True, exist_ok=True)
         arguments = [
             sys.argv[0],
             f"-runs={given.runs}",
@@ -76,7 +75,8 @@ def main() -> None:
             "-rss_limit_mb=2048",
             "-print_final_stats=1",
             "-verbosity=0",
-            *(str(place) for place in places if place),
+            str(grown),
+            str(HERE / "corpus" / given.target),
         ]
         options = {"custom_mutator": mutate} if given.target in ("gguf", "adapter", "base") else {}
         atheris.Setup(arguments, once, **options)
