@@ -9,13 +9,16 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from soak import measure, soak
+from soak import MOST_GROWTH, measure, soak
 
 
 @pytest.mark.soak
 def test_nothing_grows_and_nothing_is_lost_while_everything_goes_wrong(tmp_path: Path) -> None:
     minutes = float(os.environ.get("SOAK_MINUTES", "4.5"))
-    report = soak(tmp_path / "soak", minutes, warm_up=min(10.0, minutes / 2))
+    few = minutes < 30  # in which the memory is not yet warm, so that only a leak is told
+    report = soak(
+        tmp_path / "soak", minutes, warm_up=min(10.0, minutes / 2), most_growth=0.2 if few else MOST_GROWTH
+    )
     assert report["complaints"] == []
     runs = report["runs"]
     assert {"kill", "full disk"} <= set(runs["killed"]["faults"])
