@@ -8,18 +8,24 @@ import logging
 import os
 import sys
 
-os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
-from ray.cluster_utils import Cluster
 
-logging.disable(logging.CRITICAL)
-first, *others = map(int, sys.argv[1:])
-cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": first, "include_dashboard": False})
-nodes = [cluster.add_node(num_cpus=cpus) for cpus in others]
-print(cluster.address, flush=True)
-for line in sys.stdin:
-    if line.strip() == "add":
-        nodes.append(cluster.add_node(num_cpus=1))
-    else:
-        cluster.remove_node(nodes.pop() if nodes else cluster.head_node, allow_graceful=False)
-    print(len(nodes), flush=True)
-cluster.shutdown()
+def main() -> None:
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+    from ray.cluster_utils import Cluster
+
+    logging.disable(logging.CRITICAL)
+    first, *others = map(int, sys.argv[1:])
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": first, "include_dashboard": False})
+    nodes = [cluster.add_node(num_cpus=cpus) for cpus in others]
+    print(cluster.address, flush=True)
+    for line in sys.stdin:
+        if line.strip() == "add":
+            nodes.append(cluster.add_node(num_cpus=1))
+        else:
+            cluster.remove_node(nodes.pop() if nodes else cluster.head_node, allow_graceful=False)
+        print(len(nodes), flush=True)
+    cluster.shutdown()
+
+
+if __name__ == "__main__":
+    main()
