@@ -264,7 +264,7 @@ def test_base_of_another_architecture_is_refused(made: Path, tmp_path: Path) -> 
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    refuses("of architecture gemma", made / "lora", tmp_path / "other.gguf", tmp_path / "ask.gguf")
+    refuses("of architecture 'gemma'", made / "lora", tmp_path / "other.gguf", tmp_path / "ask.gguf")
 
 
 def test_adapter_of_another_shape_of_base_is_refused(made: Path, tmp_path: Path) -> None:

@@ -65,7 +65,8 @@ def _train_sentencepiece() -> bytes:
     sentencepiece.SentencePieceTrainer.Train(
         sentence_iterator=iter(CORPUS),
         model_writer=model,
-        vocab_size=300,
+        vocab_size=318,
+        control_symbols=[f"<spare-{number}>" for number in range(20)],  # whose ids the chat's tokens take
         model_type="bpe",
         byte_fallback=True,
         hard_vocab_limit=False,
