@@ -28,7 +28,7 @@ class Cluster:
         return self._process.stdout.readline().decode().strip()
 
     def tell(self, line: str) -> None:
-        """Take a node away ("remove") or add one ("add")."""
+        """Take a node away ("remove")."""
         assert self._process.stdin is not None
         self._process.stdin.write(line.encode() + b"\n")
         self._process.stdin.flush()

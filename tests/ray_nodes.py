@@ -1,7 +1,7 @@
 """A Ray cluster on this machine, for tests: `python ray_nodes.py CPUS...`, a node for each number.
 
-It prints its address. A line on stdin takes the last node down or, where it says "add", adds one of a CPU;
-each is answered by a line. The end of stdin is the cluster's end.
+It prints its address. A line on stdin takes the last node down and is answered by a line. The end of stdin is the
+cluster's end.
 """
 
 import logging
@@ -18,11 +18,8 @@ def main() -> None:
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": first, "include_dashboard": False})
     nodes = [cluster.add_node(num_cpus=cpus) for cpus in others]
     print(cluster.address, flush=True)
-    for line in sys.stdin:
-        if line.strip() == "add":
-            nodes.append(cluster.add_node(num_cpus=1))
-        else:
-            cluster.remove_node(nodes.pop() if nodes else cluster.head_node, allow_graceful=False)
+    for _ in sys.stdin:
+        cluster.remove_node(nodes.pop(), allow_graceful=False)
         print(len(nodes), flush=True)
     cluster.shutdown()
 
