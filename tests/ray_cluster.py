@@ -27,10 +27,10 @@ class Cluster:
         assert self._process.stdout is not None
         return self._process.stdout.readline().decode().strip()
 
-    def tell(self, line: str) -> None:
-        """Take a node away ("remove")."""
+    def remove_node(self) -> None:
+        """Take the last node away."""
         assert self._process.stdin is not None
-        self._process.stdin.write(line.encode() + b"\n")
+        self._process.stdin.write(b"\n")
         self._process.stdin.flush()
         self._answer()
 

@@ -1,7 +1,7 @@
 """A Ray cluster on this machine, for tests: `python ray_nodes.py CPUS...`, a node for each number.
 
-It prints its address. A line on stdin takes the last node down and is answered by a line. The end of stdin is the
-cluster's end.
+It prints its address. A line on stdin takes the last node down and is answered by a line. The end of stdin is
+the cluster's end.
 """
 
 import logging

@@ -317,7 +317,7 @@ def test_cluster_that_loses_its_last_node_ends_the_run(scripted_parrot: Parrot, 
     try:
         process = scripted_parrot.start(*RUN, "--ray", nodes.address, env=environment)
         wait_for(lambda: len(whole_rows(tmp_path / "out.jsonl")) >= 3, process)
-        nodes.tell("remove")
+        nodes.remove_node()
         code, out, errors = finish(process)
     finally:
         nodes.end()
