@@ -56,6 +56,10 @@ MOST_GROWTH = 0.05
 SAMPLE_COLUMNS = ["seconds", "resident_kib", "anonymous_kib", "files", "sockets", "threads", "life"]
 
 _DISK_MIB = 64
+_HEALTHY = (24.0, 40.0)
+"""Seconds between two illnesses: more than the longest wait before a retry (16 s) and a stop, so that no
+request meets illnesses alone."""
+
 _SECONDS_BETWEEN_SAMPLES = 2.0
 _PATIENCE = 1200.0  # seconds; a machine may be busy with other things
 _OPENINGS = [line.row() for line in read_lines(builtin_path())]
@@ -363,7 +367,7 @@ class Soak:
 
     def _sicken(self, dice: random.Random) -> None:
         for illness in self._in_turn(ILLNESSES, dice):
-            if self._over.wait(dice.uniform(3, self._longest_peace)):
+            if self._over.wait(dice.uniform(*_HEALTHY)):
                 return
             self.remote.faults[f"{illness} endpoint"] += 1
             self.endpoint.fall_ill(illness)
