@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import time
 from collections.abc import Callable
@@ -33,6 +35,11 @@ class Cluster:
         self._process.stdin.write(b"\n")
         self._process.stdin.flush()
         self._answer()
+
+    def kill_head(self) -> None:
+        """Take away what knows the cluster; its workers live on for a while."""
+        [head] = [pid for pid in descendants(self._process.pid) if "gcs_server" in command_of(pid).split()[0]]
+        os.kill(head, signal.SIGKILL)
 
     def workers(self) -> list[int]:
         """The processes that hold engines."""

@@ -325,3 +325,21 @@ def test_cluster_that_loses_its_last_node_ends_the_run(scripted_parrot: Parrot, 
     assert re.fullmatch(r"parrot: the cluster at \S+ has had no worker for 8 s; .* --resume\n", errors)
     assert scripted_parrot(*RUN, "--resume").returncode == 0
     assert by_id(tmp_path / "out.jsonl") == expected
+
+
+def test_cluster_that_loses_its_head_ends_the_run(scripted_parrot: Parrot, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    write_seeds(tmp_path, 40)
+    expected = undisturbed(scripted_parrot)
+    nodes = Cluster(1)
+    try:
+        process = scripted_parrot.start(*RUN, "--ray", nodes.address, env={"REPLY_SECONDS": "0.4"})
+        wait_for(lambda: len(whole_rows(tmp_path / "out.jsonl")) >= 1, process)
+        nodes.kill_head()
+        code, out, errors = finish(process)
+    finally:
+        nodes.end()
+    assert (code, out) == (1, "")
+    assert re.fullmatch(r"parrot: the cluster at \S+ has lost its head; .* --resume\n", errors)
+    assert scripted_parrot(*RUN, "--resume").returncode == 0
+    assert by_id(tmp_path / "out.jsonl") == expected

@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import socket
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,8 @@ from parrot_edge.machine import inspect_machine
 
 _CONNECT_SECONDS = 5.0
 _SURVEY_SECONDS = 60.0
+_HEARTBEAT_SECONDS = 2.0
+_MOST_MISSED = 5  # heartbeats of the head
 _OBJECT_STORE_BYTES = 256 * 2**20  # of a local cluster: requests and replies are small
 _HTTP2_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + b"\x04" + bytes(5)  # with empty settings
 _HTTP2_SETTINGS = 4  # the type of the frame that the other side has to begin with
@@ -53,7 +56,8 @@ def connect(address: str, *, cpus: int | None = None) -> Iterator[str]:
     cpus     that a local cluster gives away; those of this machine if None
 
     Raises `ClusterError` where there is no cluster, or one of another version, and `UsageError` for
-    what can be no address.
+    what can be no address. Where the cluster's head dies meanwhile, the process ends with one sentence, as it
+    would by a kill: Ray does the same later, with many lines, and cannot be kept from it.
     """
     name = "the local cluster" if address == "auto" else f"the cluster at {address}"
     if address != "auto":
@@ -78,10 +82,35 @@ def connect(address: str, *, cpus: int | None = None) -> Iterator[str]:
         ray.init(**options, log_to_driver=False, logging_level=logging.CRITICAL)
     except (ConnectionError, OSError, RuntimeError, ValueError) as error:
         raise ClusterError(_explain(str(error), name)) from None
+    over = threading.Event()
+    head = ray.get_runtime_context().gcs_address
+    threading.Thread(target=_watch_head, args=(head, name, over), daemon=True).start()
     try:
         yield name
     finally:
+        over.set()
         ray.shutdown()
+
+
+def _watch_head(address: str, name: str, over: threading.Event) -> None:
+    """Until it is over, see that the cluster's head is there; else end the process."""
+    missed = 0
+    while not over.wait(_HEARTBEAT_SECONDS):
+        try:
+            _reach(address).close()
+            missed = 0
+        except OSError:
+            missed += 1
+        if missed == _MOST_MISSED and not over.is_set():
+            sentence = f"parrot: {name} has lost its head; see that it is up, and carry on with --resume"
+            os.write(2, f"{sentence}\n".encode())
+            os._exit(1)
+
+
+def _reach(address: str) -> socket.socket:
+    """A connection to `host:port`; raises `OSError`."""
+    host, _, port = address.rpartition(":")
+    return socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS)
 
 
 def _check_address(address: str) -> None:
@@ -94,7 +123,7 @@ def _check_address(address: str) -> None:
     if not host or not port.isdigit() or not 0 < int(port) < 65536:
         raise UsageError(f"{address!r} is no address of a cluster; give host:port, or auto")
     try:
-        with socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS) as connection:
+        with _reach(address) as connection:
             connection.sendall(_HTTP2_HELLO)
             answer = connection.recv(4)
     except OSError as error:
