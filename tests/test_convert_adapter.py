@@ -233,9 +233,9 @@ DAMAGED: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     "weights cut short": (lambda lora, _: cut(lora / "adapter_model.safetensors"), "cut short"),
     "empty weights": (lambda lora, _: (lora / "adapter_model.safetensors").write_bytes(b""), "damaged"),
     "no configuration": (lambda lora, _: (lora / "adapter_config.json").unlink(), "cannot be read"),
-    "configuration cut short": (lambda lora, _: cut(lora / "adapter_config.json"), "is no JSON"),
+    "configuration cut short": (lambda lora, _: cut(lora / "adapter_config.json"), "is no JSON object"),
     "a list": (lambda lora, _: (lora / "adapter_config.json").write_text("[]"), "no JSON object"),
-    "bytes": (lambda lora, _: (lora / "adapter_config.json").write_bytes(b"\xff\xfe{"), "is no JSON"),
+    "bytes": (lambda lora, _: (lora / "adapter_config.json").write_bytes(b"\xff\xfe{"), "is no JSON object"),
     "record without a role": (lambda lora, _: (lora / "training.json").write_text("{}"), "tells no role"),
     "record of lists": (
         lambda lora, _: (lora / "training.json").write_text('{"role": "ask", "recipe": []}'),

@@ -322,6 +322,13 @@ def test_existing_folder_is_refused(recipe: Any, tmp_path: Path) -> None:
     assert weights(out)
 
 
+def test_resume_of_a_damaged_run_is_refused(recipe: Any, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "training.json").write_text("[" * 100_000)
+    with pytest.raises(OutputError, match=r"training.json cannot be read: .*--force"):
+        train(recipe(), tmp_path / "out", resume=True)
+
+
 def test_resume_with_another_recipe_is_refused(
     recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

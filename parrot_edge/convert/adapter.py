@@ -75,7 +75,7 @@ def write_adapter(
 def read_config(folder: Path) -> dict[str, Any]:
     """peft's configuration of a plain or activated LoRA; raises `ModelError` for any other kind."""
     path = folder / "adapter_config.json"
-    config = _read_json(path)
+    config = read_object(path, "name a folder that peft saved, or save the adapter again")
     if config.get("peft_type") != "LORA":
         raise ModelError(f"{path} describes no LoRA (peft_type {config.get('peft_type')}); train a LoRA")
     for key in _UNKNOWN_TO_LLAMA_CPP:
@@ -113,7 +113,7 @@ def describe_role(folder: Path) -> dict[str, str]:
     path = folder / "training.json"
     if not path.exists():
         return {}
-    record = _read_json(path)
+    record = read_object(path, "copy or save the adapter again")
     try:
         role, system = record["role"], record["recipe"]["data"]["system_text"]
     except (KeyError, TypeError):
@@ -192,6 +192,19 @@ def _to_llama_cpp(
             yield f"{tensor}.lora_{suffix}", half
 
 
+def read_object(path: Path, advice: str) -> dict[str, Any]:
+    """The JSON object in a file; raises `ModelError`, which ends in `advice`, where there is none."""
+    try:
+        value = parse_json(path)
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror}; {advice}") from None
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} is no JSON object, so it is damaged; {advice}")
+    return value
+
+
 def _interleave(rows: np.ndarray, head: int) -> np.ndarray:
     """The two rotary halves of each head row by row in turn, as llama.cpp has them; (out, rank) stays.
 
@@ -199,15 +212,3 @@ def _interleave(rows: np.ndarray, head: int) -> np.ndarray:
     [0, 2, 1, 3, 4, 6, 5, 7]
     """
     return rows.reshape(-1, 2, head // 2, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = parse_json(path)
-    except OSError as error:
-        raise ModelError(f"{path} cannot be read: {error.strerror}; name a folder that peft saved") from None
-    except ValueError:
-        raise ModelError(f"{path} is no JSON; the file is damaged, copy or save the adapter again") from None
-    if not isinstance(value, dict):
-        raise ModelError(f"{path} is no JSON object; the file is damaged, copy or save the adapter again")
-    return value

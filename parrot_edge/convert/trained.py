@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from parrot_edge.convert.adapter import read_object
 from parrot_edge.errors import ModelError
 from parrot_edge.recipe import TrainRecipe, load_recipe
-from parrot_edge.store import parse_json
 from parrot_edge.train.base import Base, load_config, load_model, load_tokenizer, one_sentence
 from parrot_edge.train.trainer import choose_device, quiet_libraries
 
@@ -117,7 +117,7 @@ def find_trained(folder: Path, base: str | None = None) -> TrainedFiles:
     folders. Raises `ModelError` where adapter or base are missing, damaged, or do not belong together.
     """
     folder = Path(folder)
-    config = _read_object(
+    config = read_object(
         folder / "adapter_config.json", "name a folder that parrot train, or peft, has saved"
     )
     if not (folder / WEIGHTS).is_file():
@@ -162,7 +162,7 @@ def _read_run(folder: Path) -> tuple[dict[str, Any], TrainRecipe]:
     if not (folder / "training.json").is_file():
         return {}, TrainRecipe(role="chat")  # the role is not used: nothing is known of the data
     advice = "copy the folder again, or remove the file to convert it as a plain peft adapter"
-    record = _read_object(folder / "training.json", advice)
+    record = read_object(folder / "training.json", advice)
     base = record.get("base")
     if record.get("role") not in ("ask", "chat") or not isinstance(base, dict) or not base.get("name"):
         raise ModelError(f"{folder / 'training.json'} tells no role or no base; {advice}")
@@ -195,15 +195,3 @@ def _verify_base(folder: Path, record: dict[str, Any], base: Base, shape: Any) -
                 f"another ({given[key][:12]}); name the one it was trained on with --base"
             )
     return False
-
-
-def _read_object(path: Path, advice: str) -> dict[str, Any]:
-    try:
-        value = parse_json(path)
-    except OSError as error:
-        raise ModelError(f"{path} cannot be read: {error.strerror}; {advice}") from None
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise ModelError(f"{path} is no JSON object, so it is damaged; {advice}")
-    return value

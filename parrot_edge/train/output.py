@@ -22,7 +22,7 @@ from typing import Any
 
 from parrot_edge.errors import OutputError, UsageError
 from parrot_edge.recipe import TrainRecipe, dump_recipe
-from parrot_edge.store import write_json
+from parrot_edge.store import parse_json, write_json
 from parrot_edge.train.card import draw_curve, write_card
 
 
@@ -60,9 +60,18 @@ class RunFolder:
         return self.path / "started.json"
 
     def finished(self) -> dict[str, Any] | None:
-        """What `training.json` holds if the run to be resumed came to its end, else None."""
+        """What `training.json` holds if the run to be resumed came to its end, else None.
+
+        Raises `OutputError` where it is damaged.
+        """
         done = self.path / "training.json"
-        return json.loads(done.read_text(encoding="utf-8")) if self.resume and done.is_file() else None
+        if not (self.resume and done.is_file()):
+            return None
+        try:
+            record: dict[str, Any] = parse_json(done)
+        except (OSError, ValueError) as error:
+            raise OutputError(f"{done} cannot be read: {_reason(error)}; start anew with --force") from None
+        return record
 
     def last_checkpoint(self) -> Path | None:
         """The newest checkpoint; whatever has its name is whole."""
@@ -81,7 +90,7 @@ class RunFolder:
                 shutil.rmtree(self.path, ignore_errors=True)
             self.path.mkdir(parents=True, exist_ok=self.resume)
             if self._started.is_file():
-                earlier = json.loads(self._started.read_text(encoding="utf-8"))
+                earlier = parse_json(self._started)
                 now = json.loads(json.dumps(record))
                 for part in ("recipe", "base", "data"):
                     if earlier[part] != now[part]:
