@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tiny_gguf import add_lora, cut, write_llama
-from tiny_models import CHATML, make_tokenizer
+from tiny_models import CHATML, make_llama, make_tokenizer
 
 pytest.importorskip("gguf")
 pytest.importorskip("trl")
@@ -32,24 +32,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be remo
 EXTENT = Extent(tokens=1200, places=160, anchored=48, prompts=2, made=8)
 
 
-def make_llama(seed: int) -> Any:
+def make_sure_llama() -> Any:
     """A random llama whose vocabulary is the tiny tokenizer's, and which is sure of what it says."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(make_tokenizer()),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-        initializer_range=0.3,
-        tie_word_embeddings=False,
-    )
-    return LlamaForCausalLM(config).eval()
+    return make_llama(vocab_size=len(make_tokenizer()), initializer_range=0.3)
 
 
 class Tiny:
@@ -58,9 +43,9 @@ class Tiny:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.tokenizer = make_tokenizer()
-        make_llama(0).save_pretrained(folder / "base")
+        make_sure_llama().save_pretrained(folder / "base")
         self.tokenizer.save_pretrained(folder / "base")
-        add_lora(make_llama(0), folder / "adapter", lora_alpha=1)
+        add_lora(make_sure_llama(), folder / "adapter", lora_alpha=1)
         self.trained: Trained = replace(load_trained(folder / "adapter", str(folder / "base")), role="ask")
         self.dialogues = folder / "dialogues.jsonl"
         rows = [
@@ -78,7 +63,7 @@ class Tiny:
         from peft import PeftModel
         from peft.tuners.lora import LoraLayer
 
-        base = make_llama(0)
+        base = make_sure_llama()
         if change:
             change(base)
         adapted = PeftModel.from_pretrained(base, self.folder / "adapter")
@@ -181,7 +166,7 @@ def test_activated_adapter_over_its_base_passes_and_is_caught_as_a_plain_one(
     path.write_text(json.dumps({**config, "task_type": "CAUSAL_LM", "alora_invocation_tokens": invocation}))
     trained = replace(load_trained(folder, str(tiny.folder / "base")), role="ask")
     reference = write_reference(trained, tmp_path / "reference", [str(tiny.dialogues)], extent=EXTENT)
-    base = tiny.write("base", make_llama(0))
+    base = tiny.write("base", make_sure_llama())
     failed = []
     for name in ("activated", "plain"):
         write_adapter(folder, base, tmp_path / f"{name}.gguf", name="ask", license_id="mit")

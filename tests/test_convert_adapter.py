@@ -27,12 +27,12 @@ from tiny_gguf import (
     cut,
     divergence,
     llama_logits,
-    make_llama,
     read_fields,
     read_llama,
     torch_logits,
     write_llama,
 )
+from tiny_models import make_llama
 
 from parrot_edge.convert.adapter import write_adapter
 from parrot_edge.engine.native import Model, quantize
@@ -74,7 +74,7 @@ def describe(folder: Path, role: str, system_text: str | None) -> None:
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_llama_cpp_says_what_peft_says(kv_heads: int, tmp_path: Path) -> None:
-    base = write_llama(make_llama(kv_heads=kv_heads), tmp_path / "base.gguf")
+    base = write_llama(make_llama(num_key_value_heads=kv_heads), tmp_path / "base.gguf")
     model = read_llama(base)
     plain = torch_logits(model)
     wanted = torch_logits(add_lora(model, tmp_path / "lora"))
@@ -268,7 +268,7 @@ def test_base_of_another_architecture_is_refused(made: Path, tmp_path: Path) -> 
 
 
 def test_adapter_of_another_shape_of_base_is_refused(made: Path, tmp_path: Path) -> None:
-    other = write_llama(make_llama(kv_heads=1), tmp_path / "other.gguf")
+    other = write_llama(make_llama(num_key_value_heads=1), tmp_path / "other.gguf")
     refuses("take the base", made / "lora", other, tmp_path / "ask.gguf")
 
 

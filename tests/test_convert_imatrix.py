@@ -11,7 +11,8 @@ import pytest
 pytest.importorskip("gguf")
 
 import gguf
-from tiny_gguf import TOKENS, make_llama, read_fields, write_llama, write_random
+from tiny_gguf import TOKENS, read_fields, write_llama, write_random
+from tiny_models import make_llama
 
 from parrot_edge.convert import imatrix
 from parrot_edge.convert.files import read_gguf

@@ -26,12 +26,12 @@ from tiny_gguf import (
     cut,
     divergence,
     llama_logits,
-    make_llama,
     read_fields,
     read_llama,
     torch_logits,
     write_llama,
 )
+from tiny_models import make_llama
 
 from parrot_edge.convert.adapter import write_adapter
 from parrot_edge.convert.files import read_gguf

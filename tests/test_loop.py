@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from conftest import ROOT
 from tiny_gguf import write_llama
-from tiny_models import make_base, make_tokenizer
+from tiny_models import make_base, make_llama, make_tokenizer
 
 from parrot_edge.errors import UsageError
 from parrot_edge.recipe import load_recipe
@@ -80,23 +80,9 @@ def test_preferences_are_learned_on_top_of_the_chat_adapter(tmp_path: Path) -> N
 @pytest.fixture
 def kitchen(tmp_path: Path) -> Path:
     """A folder with a tiny random model, seeds whose last message leans on what was said, and other talks."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     tokenizer = make_tokenizer()
     tokenizer.add_tokens(["<|endoftext|>"], special_tokens=True)  # transformers adds it to what a GGUF holds
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-        initializer_range=0.15,
-    )
-    write_llama(LlamaForCausalLM(config), tmp_path / "tiny.gguf", tokenizer)
+    write_llama(make_llama(vocab_size=len(tokenizer)), tmp_path / "tiny.gguf", tokenizer)
     seeds = [
         {"id": f"s{n}", "messages": talk(f"How do I cook dish {n}?", f"Boil it for {n} minutes.", follow_up)}
         for n, follow_up in enumerate(FOLLOW_UPS * 4, 3)

@@ -17,26 +17,6 @@ MODULES = [
 ]
 
 
-def make_llama(seed: int = 0, kv_heads: int = 2) -> Any:
-    """A random LlamaForCausalLM of 2 layers, 96 tokens and 4 heads of 16, its output not tied."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=96,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=kv_heads,
-        max_position_embeddings=512,
-        initializer_range=0.15,
-        tie_word_embeddings=False,
-    )
-    return LlamaForCausalLM(config).eval()
-
-
 def write_llama(model: Any, path: Path, tokenizer: Any = None, **metadata: str) -> Path:
     """A `LlamaForCausalLM` as llama.cpp has it, in float32; without a tokenizer of `tiny_models` its
     vocabulary is a word for each token."""

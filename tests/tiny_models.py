@@ -101,22 +101,31 @@ def make_tokenizer(template: str = "chatml") -> Any:
     return tokenizer
 
 
-def make_base(folder: Path, template: str = "chatml") -> Path:
-    """A folder with a random llama of 2 layers and its tokenizer, as transformers saves them."""
+def make_llama(seed: int = 0, **changes: Any) -> Any:
+    """A random LlamaForCausalLM of 2 layers, 96 tokens and 4 heads of 16, but for changes of its config."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    torch.manual_seed(seed)
+    shape = {
+        "vocab_size": 96,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 2048,
+        "initializer_range": 0.15,
+        "tie_word_embeddings": False,
+    }
+    return LlamaForCausalLM(LlamaConfig(**shape | changes)).eval()
+
+
+def make_base(folder: Path, template: str = "chatml") -> Path:
+    """A folder with a random llama of 2 layers and its tokenizer, as transformers saves them."""
     tokenizer = make_tokenizer(template)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=4096,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    make_llama(
+        vocab_size=len(tokenizer), max_position_embeddings=4096, initializer_range=0.02
+    ).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
