@@ -79,7 +79,7 @@ def bench(
     openings = [seed.messages[-1].content for seed in Intake(str(builtin_path())).seeds() if seed.messages]
     path = _file(model, parallel, threads)
     binary = ways.find_llama_server(server)
-    baseline_path = _file(baseline or model, parallel, threads)
+    baseline_path = _file(baseline, parallel, threads) if baseline else path
     adapter = _adapter(ask, path, parallel, threads)
     runs: list[Callable[[], ways.Result]] = []
     for lora in dict.fromkeys((None, adapter)):
