@@ -27,11 +27,10 @@ def score_roles(
     *,
     threads: int | None = None,
 ) -> list[float]:
-    """For each message, how much likelier Ask finds it as the user's next than Chat as its own answer, in
-    nats a token: below 0, it is in the wrong role.
+    """For each message, by how much Ask finds it likelier as the user's next than Chat as its own.
 
-    Chat is asked what it would have answered in the place of its last answer. Raises `UsageError` for an
-    endpoint, which tells no likelihoods, and what loading a model raises.
+    In nats a token. Both read the same history, so Chat is asked what it would say next if the user said
+    nothing. Raises `UsageError` for an endpoint, which tells no likelihoods, and what loading a model raises.
     """
     if isinstance(ask, RemoteModel) or isinstance(chat, RemoteModel):
         raise UsageError("an endpoint tells no likelihoods; name model files with --ask and --chat")
@@ -44,7 +43,7 @@ def score_roles(
         ]
     with Likelihood(chat.path, adapter=chat.adapter, threads=threads) as likelihood:
         as_answer = [
-            _mean_log_prob(likelihood, _short(history)[:-1], "assistant", text) for history, text in turns
+            _mean_log_prob(likelihood, _short(history), "assistant", text) for history, text in turns
         ]
     return [user - answer for user, answer in zip(as_user, as_answer, strict=True)]
 

@@ -250,12 +250,19 @@ def compare_users(one: Statistics, other: Statistics, pairs: int = 500) -> dict[
     return readable(tell_apart(texts, members, resampling))
 
 
+LEAST_LEAD = 0.3
+"""Nats a token by which Ask has to find a user's message likelier than Chat does, as docs/data.md has it."""
+
+
 def describe_roles(scores: Sequence[float]) -> dict[str, Any]:
-    """The mean of `score_roles`, and the share of messages in the wrong role by them."""
+    """The mean of `score_roles`, and the share of messages in the wrong role: below `LEAST_LEAD`."""
     mean = Mean()
     for score in scores:
         mean.add(score)
-    return {"nats_a_token": mean.figure(), "share": _share(sum(score < 0 for score in scores), len(scores))}
+    return {
+        "nats_a_token": mean.figure(),
+        "share": _share(sum(score < LEAST_LEAD for score in scores), len(scores)),
+    }
 
 
 def _parse(thread: Thread) -> tuple[tuple[Message, ...], str | None]:

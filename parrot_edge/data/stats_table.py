@@ -37,7 +37,7 @@ _ROWS: dict[str, dict[str, str]] = {
     "Wrong role": {
         "wrong_role.phrases": "phrases of an assistant",
         "wrong_role.likeness": "looks like an assistant's",
-        "wrong_role.likelihood.share": "likelier as Chat's than as Ask's",
+        "wrong_role.likelihood.share": "hardly likelier as Ask's than as Chat's",
         "wrong_role.likelihood.nats_a_token": "log-likelihood, Ask's less Chat's, nats a token",
     },
     "Questions": {f"questions.{name}": name for name in QUESTION_TYPES},

@@ -16,7 +16,7 @@ from parrot_edge.errors import ModelError
 from parrot_edge.machine import MEMORY_SHARE, format_bytes, inspect_machine
 from parrot_edge.recipe import LoraOptions, TrainRecipe
 
-RUNTIME_BYTES = {"cpu": 1.1e9, "cuda": 1.2e9}
+RUNTIME_BYTES = {"cpu": 1.5e9, "cuda": 1.2e9}
 """What Python, the libraries and the allocator's gaps take in memory; on a GPU the CUDA context."""
 
 NF4_BYTES = 0.5 + 0.127 / 8
@@ -160,14 +160,14 @@ def estimate_memory(
     weights = shape.linear * (NF4_BYTES if nf4 else width) + shape.other * width
     states = 2 if "8bit" in optimizer_name(recipe, device) else 8
     adapter = shape.trained * (4 + 4 + states)
-    # Kept per token and block: inputs of the norms, projections and the attention (about 22 times
-    # the hidden size), and around the gate (about 6 times the inner size). With checkpointing only
+    # Kept per token and block: inputs of the norms, projections and the attention (about 15 times
+    # the hidden size), and around the gate (about 4.5 times the inner size). With checkpointing only
     # a block's input stays, and one block at a time is whole.
     # An activated adapter keeps them for its turns alone, and the keys and values of the line.
     read = 0
     if recipe.lora.activated:
         read, tokens = 2 * tokens * shape.hidden * shape.layers * width, targets
-    block = tokens * (22 * shape.hidden + 6 * shape.intermediate) * width
+    block = tokens * (15 * shape.hidden + 4.5 * shape.intermediate) * width
     kept = tokens * shape.hidden * width * shape.layers + 2 * block
     activations = kept if recipe.optim.checkpointing else shape.layers * block
     # On a GPU trl makes the logits piece by piece; elsewhere logits, softmax and gradients stand at once
