@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
@@ -220,18 +221,19 @@ class Run:
 async def synced_regularly(sync: Callable[[], None]) -> AsyncIterator[None]:
     """Call `sync` about once a second, beside what is done meanwhile; raises what it raises."""
 
-    async def sync_for_ever() -> None:
+    async def sync_for_ever(disk: ThreadPoolExecutor) -> None:
         with contextlib.suppress(asyncio.CancelledError):
             while True:
                 await asyncio.sleep(_SECONDS_BETWEEN_SYNCS)
-                await asyncio.to_thread(sync)
+                await asyncio.get_running_loop().run_in_executor(disk, sync)
 
-    task = asyncio.create_task(sync_for_ever())
-    try:
-        yield
-    finally:
-        task.cancel()
-        await task  # raises where the disk did
+    with ThreadPoolExecutor(1, thread_name_prefix="sync") as disk:  # waits for a sync under way
+        task = asyncio.create_task(sync_for_ever(disk))
+        try:
+            yield
+        finally:
+            task.cancel()
+            await task  # raises where the disk did
 
 
 def concerns_one_dialogue(error: ParrotError) -> bool:
