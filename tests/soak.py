@@ -24,6 +24,7 @@ import platform
 import random
 import resource
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -50,7 +51,7 @@ PARALLEL = 8
 TURNS = 4
 MAX_TOKENS = 48
 MOST_GROWTH = 0.05
-"""By how much resident memory may exceed the most of the warm-up."""
+"""Of resident memory after the warm-up."""
 
 SAMPLE_COLUMNS = ["seconds", "resident_kib", "anonymous_kib", "files", "sockets", "threads", "life"]
 
@@ -444,19 +445,22 @@ class Soak:
 
 
 def measure(samples: list[list[float]], warm_up: float) -> dict[str, Any]:
-    """What a process held at most during its warm-up (seconds), and at most after that.
-
-    Most against most, as memory comes and goes with what conversations are set aside.
-    """
-    before = [max(column) for column in zip(*(row for row in samples if row[0] < warm_up), strict=True)]
-    after = [max(column) for column in zip(*(row for row in samples if row[0] >= warm_up), strict=True)]
+    """What a process held at the end of its warm-up (seconds), and at most after that."""
+    early = [sample for sample in samples if sample[0] < warm_up]
+    late = [sample for sample in samples if sample[0] >= warm_up]
+    reference = [statistics.median(column) for column in zip(*early[-30:], strict=True)]
+    most = [max(column) for column in zip(*late, strict=True)]
+    least = [min(column) for column in zip(*late, strict=True)]
+    before = [max(column) for column in zip(*early, strict=True)]
     return {
-        "resident_mib": [round(before[1] / 1024, 1), round(after[1] / 1024, 1)],
-        "resident_growth": round(after[1] / before[1] - 1, 4),
-        "anonymous_growth": round(after[2] / before[2] - 1, 4),
-        "files": [int(before[3]), int(after[3])],
-        "sockets": [int(before[4]), int(after[4])],
-        "threads": [int(before[5]), int(after[5])],
+        "resident_mib": round(reference[1] / 1024, 1),
+        "resident_mib_most": round(most[1] / 1024, 1),
+        "resident_mib_least": round(least[1] / 1024, 1),
+        "resident_growth": round(most[1] / reference[1] - 1, 4),
+        "anonymous_growth": round(most[2] / reference[2] - 1, 4),
+        "files": [int(before[3]), int(most[3])],
+        "sockets": [int(before[4]), int(most[4])],
+        "threads": [int(before[5]), int(most[5])],
     }
 
 
@@ -525,9 +529,9 @@ def table(report: dict[str, Any]) -> str:
         faults = ", ".join(f"{number} × {fault}" for fault, number in run["faults"].items())
         cells = [name, run["lives"], faults, run["rows"], run["messages"]]
         if measured := run.get("measured"):
-            kinds = ("resident_mib", "files", "sockets", "threads")
-            resident, *others = (" → ".join(map(str, measured[kind])) for kind in kinds)
-            cells += [resident, f"{100 * measured['resident_growth']:+.1f} %", *others]
+            pairs = [" → ".join(map(str, measured[kind])) for kind in ("files", "sockets", "threads")]
+            growth = f"{100 * measured['resident_growth']:+.1f} %"
+            cells += [f"{measured['resident_mib']} → {measured['resident_mib_most']}", growth, *pairs]
         else:
             cells += ["–"] * 5
         lines.append("| " + " | ".join(map(str, cells)) + " |")

@@ -102,8 +102,8 @@ def _watch_head(address: str, name: str, over: threading.Event) -> None:
         except OSError:
             missed += 1
         if missed == _MOST_MISSED and not over.is_set():
-            sentence = f"parrot: {name} has lost its head; see that it is up, and carry on with --resume"
-            os.write(2, f"{sentence}\n".encode())
+            advice = "see that it is up and start again; simulate and curate go on with --resume"
+            os.write(2, f"parrot: {name} has lost its head; {advice}\n".encode())
             os._exit(1)
 
 
