@@ -177,7 +177,7 @@ class _Plan:
         for side, shape in shapes.items():
             model = self._headers[side.path]
             waiting = self._conversations[side] * parallel // self._load.parallel - shape.sequences
-            total += shape.bytes(model) + max(0, waiting) * shape.tokens * model.kv_bytes_per_token
+            total += shape.bytes(model) + max(0, waiting) * shape.sequence_bytes(model)
         return total
 
     def bytes_at(self, parallel: int) -> float:

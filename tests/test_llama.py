@@ -1,12 +1,16 @@
 """The engine on the real 135M model: batches, caches, determinism, ends."""
 
 import asyncio
+from contextlib import AsyncExitStack
 
+import numpy as np
 import pytest
 
 from parrot_edge.dialogue import Message
+from parrot_edge.engine import native
 from parrot_edge.engine.base import Request, Sampling
 from parrot_edge.engine.llama import LlamaEngine
+from parrot_edge.engine.native import BufferPool
 from parrot_edge.errors import ModelError, UsageError
 
 QUESTIONS = [
@@ -99,26 +103,65 @@ def test_a_long_dialogue_reads_only_what_is_new(engine):
     assert new <= read <= 1.15 * new
 
 
+async def talk(engine, index):
+    """Three turns of a conversation: its replies, and how many tokens were read for them."""
+    messages, texts, read = ask(QUESTIONS[index]), [], 0
+    async with engine.session() as session:
+        for turn in range(3):
+            reply = await session.reply(Request(messages, max_tokens=8, seed=turn))
+            texts.append(reply.text)
+            read += reply.new_tokens
+            messages = [*messages, Message("assistant", reply.text), Message("user", "Go on.")]
+    return texts, read
+
+
+async def talk_at_once(engine, count):
+    return await asyncio.gather(*(talk(engine, index) for index in range(count)))
+
+
 def test_a_conversation_that_lost_its_lane_keeps_its_cache(embedded_model):
     """With one lane, two conversations push each other out of it at every turn."""
-
-    async def talk(engine, index):
-        messages, texts, read = ask(QUESTIONS[index]), [], 0
-        async with engine.session() as session:
-            for turn in range(3):
-                reply = await session.reply(Request(messages, max_tokens=8, seed=turn))
-                texts.append(reply.text)
-                read += reply.new_tokens
-                messages = [*messages, Message("assistant", reply.text), Message("user", "Go on.")]
-        return texts, read
-
-    async def both(engine):
-        return await asyncio.gather(talk(engine, 0), talk(engine, 1))
-
     with LlamaEngine.open(embedded_model, sequences=1, tokens=512, threads=1, exact=True) as engine:
-        together = asyncio.run(both(engine))
+        together = asyncio.run(talk_at_once(engine, 2))
         alone = [asyncio.run(talk(engine, index)) for index in (0, 1)]
     assert together == alone
+
+
+def test_conversations_that_fit_keep_a_lane(embedded_model):
+    """Whoever speaks gets neighbouring lanes; who has to leave one for that finds another that is free."""
+
+    async def come_and_go(engine):
+        kept = []
+        async with engine.session() as first:
+            await first.reply(Request(ask("Hi!"), max_tokens=2))
+            for count in (1, 2, 3, 2):
+                async with AsyncExitStack() as stack:
+                    others = [await stack.enter_async_context(engine.session()) for _ in range(count)]
+                    await asyncio.gather(
+                        *(other.reply(Request(ask("Hi!"), max_tokens=2)) for other in others)
+                    )
+                    kept.append(first.conversation.saved is None)
+        return kept
+
+    with LlamaEngine.open(embedded_model, sequences=4, tokens=256, threads=1) as engine:
+        assert asyncio.run(come_and_go(engine)) == [True] * 4
+
+
+def test_memory_of_saved_conversations_is_used_again(embedded_model, monkeypatch):
+    """Conversations that end while they are saved give their memory back as well."""
+    made = []
+    monkeypatch.setattr(native.np, "empty", lambda *shape: made.append(shape) or np.zeros(*shape))
+    with LlamaEngine.open(embedded_model, sequences=1, tokens=256, threads=1) as engine:
+        for _ in range(4):
+            asyncio.run(talk_at_once(engine, 3))
+    assert 1 <= len(made) <= 3
+
+
+def test_a_buffer_that_is_larger_than_planned_is_not_kept():
+    pool = BufferPool(100)
+    assert pool.take(200).size == 200
+    pool.give(pool.take(200))
+    assert pool.take(100).size == 100
 
 
 def test_the_users_turn_can_be_written(engine):

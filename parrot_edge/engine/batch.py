@@ -217,7 +217,7 @@ class Batcher:
         self._template = ChatTemplate(model.chat_template, bos=model.bos, eos=model.eos, name=model.path.name)
         self._scheduler = scheduler
         self._lanes: list[Conversation | None] = [None] * context.shape.sequences
-        self._pool = BufferPool()
+        self._pool = BufferPool(context.shape.sequence_bytes(model))
         self._queue: list[_Job] = []  # replies that wait for a lane
         self._jobs: list[_Job] = []  # replies under way, at most one for each lane
         self._ended: list[Conversation] = []
@@ -250,7 +250,7 @@ class Batcher:
         """One decode for the replies that an adapter, or none, makes: prompts that are to be read if
         there are any, else a token for each."""
         while self._ended:
-            self._leave_lane(self._ended.pop())
+            self._forget(self._ended.pop())
         jobs = [job for job in self._jobs if job.adapter is adapter]
         self._arrange([job.conversation for job in jobs])
         for job in jobs:
@@ -295,19 +295,21 @@ class Batcher:
         free = [lane for lane in block if lane not in taken]
         for conversation in conversations:
             if conversation.lane not in block:
-                self._move(conversation, free.pop(0))
+                self._move(conversation, free.pop(0), block)
 
-    def _move(self, conversation: Conversation, lane: int) -> None:
-        """Bring a conversation's cache into a lane; an idle one there takes its old lane, or plain memory."""
-        idle, old = self._lanes[lane], conversation.lane
+    def _move(self, conversation: Conversation, lane: int, block: range) -> None:
+        """Bring a conversation's cache into a lane of `block`; an idle one there goes to a free lane outside,
+        or into plain memory."""
+        idle = self._lanes[lane]
         for leaving in (idle, conversation):
             if leaving is not None and leaving.lane is not None:
                 if leaving.cached:
                     leaving.saved = self.context.save(leaving.lane, self._pool)
                 self._leave_lane(leaving)
         self._enter_lane(conversation, lane)
-        if idle is not None and old is not None:
-            self._enter_lane(idle, old)
+        outside = [free for free, held in enumerate(self._lanes) if held is None and free not in block]
+        if idle is not None and outside:
+            self._enter_lane(idle, outside[0])
 
     def _enter_lane(self, conversation: Conversation, lane: int) -> None:
         self._lanes[lane], conversation.lane = conversation, lane
@@ -320,6 +322,13 @@ class Batcher:
             self.context.forget(conversation.lane)
             self._lanes[conversation.lane] = None
             conversation.lane = None
+
+    def _forget(self, conversation: Conversation) -> None:
+        """Give up a conversation's cache, wherever it is."""
+        self._leave_lane(conversation)
+        if conversation.saved is not None:
+            self._pool.give(conversation.saved.buffer)
+            conversation.saved = None
 
     def _start(self, job: _Job) -> None:
         """Find out what of the prompt is new, and drop from the cache what the prompt does not share."""
@@ -421,7 +430,7 @@ class Batcher:
         for job in (*self._jobs, *self._queue):
             if not job.future.done():
                 job.future.set_exception(error)
-            self._leave_lane(job.conversation)
+            self._forget(job.conversation)
             job.conversation.segments.clear()
             job.conversation.cached = 0
         self._queue.clear()

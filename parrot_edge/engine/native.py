@@ -41,6 +41,8 @@ _ADAPTER_KEYS = {
 _WARN, _ERROR = 3, 4  # ggml_log_level
 _ONLY_CONVERTED = ("NVFP4",)  # file types that llama.cpp reads but does not quantise to
 
+_LARGE_BLOCK = 4 * 2**20  # bytes
+
 _log: deque[str] = deque(maxlen=20)
 
 
@@ -434,6 +436,18 @@ class Adapter:
         self.invocation: list[int] = [tokens[index] for index in range(count)]
 
 
+@functools.cache
+def _return_large_blocks() -> None:
+    """Have glibc hand large blocks back when they are freed; another C library does as it likes.
+
+    llama.cpp allocates its scheduler, some 80 MB, anew whenever another adapter is applied. In glibc's heap
+    these blocks would leave holes, now here, now there, and a process of hours tens of MB larger.
+    """
+    mmap_threshold = -3  # malloc.h
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(mmap_threshold, _LARGE_BLOCK)
+
+
 @dataclass(frozen=True)
 class ContextShape:
     """How large a context is.
@@ -450,6 +464,10 @@ class ContextShape:
     threads: int
     batch: int = 512
     outputs: int = 0
+
+    def sequence_bytes(self, model: Model) -> int:
+        """Memory in bytes that a whole sequence takes outside its context (an estimate, rounded up)."""
+        return self.tokens * (model.kv_bytes_per_token + 64) + 2**20
 
     def bytes(self, model: Model) -> int:
         """Memory in bytes that such a context takes beside the weights (an estimate, rounded up)."""
@@ -474,6 +492,7 @@ class Context(_Handle):
         *,
         observer: Observer | None = None,
     ) -> None:
+        _return_large_blocks()
         self.model, self.shape, self.adapter = model, shape, adapter
         params = C.llama_context_default_params()
         params.n_ctx = shape.sequences * shape.tokens
@@ -558,21 +577,26 @@ class SavedSequence:
 
 
 class BufferPool:
-    """Memory for saved sequences, used again: fresh pages cost more than the copy into them."""
+    """Memory for saved sequences, used again: fresh pages cost more than the copy into them.
 
-    def __init__(self, spare: int = 4) -> None:
-        self._spare, self._free = spare, list[np.ndarray]()
+    A buffer has room for a whole sequence, `size` bytes, and is never freed; of that, only what was once
+    written to takes memory. So a run comes to the most it needs, and stays there: buffers as large as each
+    sequence happens to be leave holes behind that no other fits into.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size, self._free = size, list[np.ndarray]()
 
     def take(self, size: int) -> np.ndarray:
         """A uint8 array of at least `size` bytes."""
-        for index, buffer in enumerate(self._free):
-            if size <= buffer.size <= 4 * size:
-                return self._free.pop(index)
-        return np.empty(size + size // 4, np.uint8)
+        if size > self._size:
+            return np.empty(size, np.uint8)
+        return self._free.pop() if self._free else np.empty(self._size, np.uint8)
 
     def give(self, buffer: np.ndarray) -> None:
-        """Take a buffer back; the oldest spare is freed."""
-        self._free = [*self._free, buffer][-self._spare :]
+        """Take a buffer back."""
+        if buffer.size == self._size:
+            self._free.append(buffer)
 
 
 def _bytes_of(buffer: np.ndarray) -> object:
