@@ -293,7 +293,7 @@ class Batcher:
         first = max(starts, key=lambda start: sum(start + i in taken for i in range(len(conversations))))
         block = range(first, first + len(conversations))
         free = [lane for lane in block if lane not in taken]
-        for conversation in conversations:
+        for conversation in sorted(conversations, key=lambda each: each.lane is None):  # these need room
             if conversation.lane not in block:
                 self._move(conversation, free.pop(0), block)
 
