@@ -132,7 +132,7 @@ class Loop:
 
 
 @pytest.mark.slow
-def test_killed_round_goes_on_and_a_finished_one_is_not_done_again(kitchen: Path) -> None:
+def test_killed_round_goes_on_and_the_next_one_begins_where_it_ended(kitchen: Path) -> None:
     loop, done = Loop(kitchen), kitchen / "run" / "round-1" / "done"
     process = loop.start()
     while process.poll() is None and not (done / "train-chat.partial").exists():
@@ -159,6 +159,16 @@ def test_killed_round_goes_on_and_a_finished_one_is_not_done_again(kitchen: Path
     other = loop.run("--turns", "4")
     assert other.returncode == 2
     assert "run was begun with other settings" in other.stderr
+
+    second = loop.run("--rounds", "2")
+    assert second.returncode == 0, second.stderr
+    assert "round 1" not in second.stderr
+    done = kitchen / "run" / "round-2" / "done"
+    evaluated = [model["model"] for model in json.loads((done / "evaluate.json").read_text())["models"]]
+    assert evaluated == ["tiny.gguf+dpo-1-lora.gguf", "tiny.gguf+chat-2-lora.gguf", "tiny.gguf+dpo-2-lora.gguf"]
+    learned = {name: json.loads((done / f"{name}.json").read_text()) for name in ("train-chat", "train-dpo")}
+    assert [each["recipe"]["base"]["adapter"] for each in learned.values()] == ["dpo-1", "chat-2"]
+    assert second.stdout == report + (done.parent / "report.md").read_text()
 
 
 @pytest.mark.parametrize(
