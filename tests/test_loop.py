@@ -165,7 +165,11 @@ def test_killed_round_goes_on_and_the_next_one_begins_where_it_ended(kitchen: Pa
     assert "round 1" not in second.stderr
     done = kitchen / "run" / "round-2" / "done"
     evaluated = [model["model"] for model in json.loads((done / "evaluate.json").read_text())["models"]]
-    assert evaluated == ["tiny.gguf+dpo-1-lora.gguf", "tiny.gguf+chat-2-lora.gguf", "tiny.gguf+dpo-2-lora.gguf"]
+    assert evaluated == [
+        "tiny.gguf+dpo-1-lora.gguf",
+        "tiny.gguf+chat-2-lora.gguf",
+        "tiny.gguf+dpo-2-lora.gguf",
+    ]
     learned = {name: json.loads((done / f"{name}.json").read_text()) for name in ("train-chat", "train-dpo")}
     assert [each["recipe"]["base"]["adapter"] for each in learned.values()] == ["dpo-1", "chat-2"]
     assert second.stdout == report + (done.parent / "report.md").read_text()
