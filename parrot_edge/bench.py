@@ -138,7 +138,9 @@ def measure_engine(
     return asyncio.run(run())
 
 
-def measure_two_llamas(path: Path, shape: Shape, openings: list[str]) -> Result:
+def measure_two_llamas(
+    path: Path, shape: Shape, openings: list[str], *, way: str = "two Llama objects taking turns"
+) -> Result:
     """Two `llama_cpp.Llama` objects taking turns, a dialogue at a time: what people write today."""
     import llama_cpp
 
@@ -179,7 +181,7 @@ def measure_two_llamas(path: Path, shape: Shape, openings: list[str]) -> Result:
     seconds = time.perf_counter() - began
     for llama in sides.values():
         llama.close()
-    return Result("two Llama objects taking turns", made, seconds)
+    return Result(way, made, seconds)
 
 
 def find_llama_server(name: str | None = None) -> Path | None:

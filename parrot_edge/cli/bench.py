@@ -15,7 +15,7 @@ from parrot_edge.cli import options
 from parrot_edge.errors import UsageError
 from parrot_edge.intake import Intake
 from parrot_edge.machine import choose_threads
-from parrot_edge.models import RemoteModel
+from parrot_edge.models import RemoteModel, parse_model
 from parrot_edge.seeds import builtin_path
 
 
@@ -46,7 +46,6 @@ from parrot_edge.seeds import builtin_path
     show_default=True,
     help="Run every way so often, in turn; the median counts.",
 )
-@click.option("--baseline", metavar="MODEL", help="Run the two Llama objects on this file instead.")
 @click.option("--llama-server", "server", metavar="PATH", help="The binary.  [default: the one on the PATH]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def bench(
@@ -58,14 +57,14 @@ def bench(
     max_tokens: int,
     threads: int | None,
     rounds: int,
-    baseline: str | None,
     server: str | None,
     as_json: bool,
 ) -> None:
     """Measure the engine against its limit and against other ways to run the same file.
 
     The limit is what a pair could reach that writes every token once at the best measured rate and
-    reads it once, on the other side, at the best measured rate. Run it on a quiet machine.
+    reads it once, on the other side, at the best measured rate. Of the embedded model the file that
+    is fastest here is run; two Llama objects also run the shipped one. Run it on a quiet machine.
 
     \b
     Examples:
@@ -77,9 +76,8 @@ def bench(
     threads = threads or choose_threads().count
     shape = ways.Shape(dialogues, turns, max_tokens, parallel, threads)
     openings = [seed.messages[-1].content for seed in Intake(str(builtin_path())).seeds() if seed.messages]
-    path = _file(model, parallel, threads)
+    path, origin = _files(model, parallel, threads)
     binary = ways.find_llama_server(server)
-    baseline_path = _file(baseline, parallel, threads) if baseline else path
     adapter = _adapter(ask, path, parallel, threads)
     runs: list[Callable[[], ways.Result]] = []
     for lora in dict.fromkeys((None, adapter)):
@@ -89,7 +87,10 @@ def bench(
     if binary is not None:
         runs.append(partial(ways.measure_llama_server_chat, binary, path, shape, openings))
     runs.append(partial(ways.measure_engine, path, shape, openings, contexts=2))
-    runs.append(partial(ways.measure_two_llamas, baseline_path, shape, openings))
+    runs.append(partial(ways.measure_two_llamas, path, shape, openings))
+    if origin != path:
+        way = "two Llama objects on the shipped file"
+        runs.append(partial(ways.measure_two_llamas, origin, shape, openings, way=way))
     limit = ways.measure_limit(path, shape)
     results: list[ways.Result] = []
     if not as_json:
@@ -131,8 +132,10 @@ def _adapter(text: str, path: Path, parallel: int, threads: int) -> Path | None:
     return model.adapter if is_activated(model.adapter) else None
 
 
-def _file(text: str, parallel: int, threads: int) -> Path:
+def _files(text: str, parallel: int, threads: int) -> tuple[Path, Path]:
+    """The file that is run for a MODEL and the one it was made from, which differ for the embedded model."""
+    origin = parse_model(text)
     model = options.find_model(text, parallel=parallel, threads=threads)
-    if isinstance(model, RemoteModel):
+    if isinstance(origin, RemoteModel) or isinstance(model, RemoteModel):
         raise UsageError("bench measures files; name a GGUF")
-    return model.path
+    return model.path, origin.path
