@@ -164,6 +164,18 @@ def test_perplexity_is_that_of_the_turns_tokens_and_what_closes_them(likelihood,
     assert 1 < figures["per_byte"][0] < figures["per_token"][0]
 
 
+def test_long_turns_stand_apart_from_short_ones(likelihood, tmp_path):
+    pasted = " ".join(["one two three four"] * 20)
+    talks = [{"messages": messages("hi", "Hello!")}, {"messages": messages(pasted, "Counting?")}]
+    path = write(tmp_path / "pasted.jsonl", talks)
+    source = read_source(path)
+    turns, _ = ask_likelihood.score_places(likelihood, NATIVE, source.places)
+    figures = ask_likelihood.find_perplexity(turns, Resampling({source.name: source.groups}))
+    short = next(score for score in turns if score.turn.text == "hi")
+    assert figures["short"][0] == pytest.approx(math.exp(short.nats / short.tokens))
+    assert figures["per_token"][0] != pytest.approx(figures["short"][0], rel=0.1)
+
+
 def test_flipped_ask_ends_with_its_mark_and_writes_as_the_assistant(likelihood, talks):
     source = read_source(talks)
     native, _ = ask_likelihood.score_places(likelihood, NATIVE, source.places[:2])

@@ -103,6 +103,82 @@ def test_a_long_dialogue_reads_only_what_is_new(engine):
     assert new <= read <= 1.15 * new
 
 
+PERSONA = (
+    "You are the keeper of a lighthouse on a small island, and you answer everyone in one short sentence."
+)
+
+
+def told(question):
+    return [Message("system", PERSONA), Message("user", question)]
+
+
+def prompts_of(engine, questions):
+    return [engine.batcher.model.tokenize(engine.render(Request(told(text)))) for text in questions]
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_what_conversations_begin_with_alike_is_read_once(engine, at_once):
+    greedy = {"max_tokens": 8, "sampling": Sampling(temperature=0)}
+    questions = QUESTIONS[:3]
+    alone = [replies_to(engine, {0: told(text)}, **greedy)[0] for text in questions]
+
+    async def one_after_the_other():
+        async with AsyncExitStack() as stack:
+            sessions = [await stack.enter_async_context(engine.session()) for _ in questions]
+            return [
+                await session.reply(Request(told(text), **greedy))
+                for session, text in zip(sessions, questions, strict=True)
+            ]
+
+    if at_once:
+        replies = list(replies_to(engine, dict(enumerate(map(told, questions))), **greedy).values())
+    else:
+        replies = asyncio.run(one_after_the_other())
+    prompts = prompts_of(engine, questions)
+    same = next(at for at, tokens in enumerate(zip(*prompts, strict=False)) if len(set(tokens)) > 1)
+    assert same > 20
+    read = [reply.new_tokens for reply in replies]
+    assert sorted(read, reverse=True)[0] == len(prompts[read.index(max(read))])
+    assert sum(read) == sum(map(len, prompts)) - 2 * same
+    assert [reply.text for reply in replies] == [reply.text for reply in alone]
+    assert [reply.new_tokens for reply in alone] == [reply.prompt_tokens for reply in alone]
+
+
+def test_different_beginnings_are_read_side_by_side(engine, monkeypatch):
+    decoded = count_rows(engine.batcher.context, monkeypatch)
+    replies_to(engine, {0: told("Hi!"), 1: told("Hello!")}, max_tokens=2)
+    alike, decoded[:] = list(decoded), []
+    replies_to(
+        engine, {0: told("Where is it?"), 1: ask("Where is the lighthouse of Alexandria?")}, max_tokens=2
+    )
+    assert alike[:2] == [1, 1]
+    assert decoded[0] == 2
+
+
+def count_rows(context, monkeypatch):
+    """How many sequences each decode has."""
+    counts, decode = [], context.decode
+    monkeypatch.setattr(context, "decode", lambda rows: counts.append(len(rows)) or decode(rows))
+    return counts
+
+
+def test_exact_mode_reads_every_beginning(embedded_model):
+    with LlamaEngine.open(embedded_model, sequences=2, tokens=256, threads=1, exact=True) as exact:
+        replies = replies_to(exact, {0: told("Hi!"), 1: told("Who are you?")}, max_tokens=2)
+    assert all(reply.new_tokens == reply.prompt_tokens for reply in replies.values())
+
+
+def test_a_model_that_cannot_drop_a_part_of_its_cache_reads_every_beginning(embedded_model, monkeypatch):
+    with LlamaEngine.open(embedded_model, sequences=3, tokens=256, threads=1) as engine:
+        context = engine.batcher.context
+        forget = context.forget
+        monkeypatch.setattr(context, "forget", lambda lane, start=0: start == 0 and forget(lane))
+        replies = replies_to(
+            engine, {index: told(text) for index, text in enumerate(QUESTIONS[:3])}, max_tokens=2
+        )
+    assert all(reply.text and reply.new_tokens == reply.prompt_tokens for reply in replies.values())
+
+
 async def talk(engine, index):
     """Three turns of a conversation: its replies, and how many tokens were read for them."""
     messages, texts, read = ask(QUESTIONS[index]), [], 0

@@ -121,6 +121,7 @@ _PERPLEXITY = {
     "per_token": "Perplexity per token",
     "opening": "Perplexity per token, openings",
     "follow_up": "Perplexity per token, follow-ups",
+    "short": "Perplexity per token, up to 40 words",
     "per_byte": "Perplexity per byte",
 }
 _ENDING = {

@@ -6,7 +6,8 @@ each decode step; prompt and decode tokens stay in separate calls, since llama.c
 batch into many small ones. It also splits a batch at every gap between sequence numbers. So the
 sequences of a context are lanes: the replies under way always hold neighbouring ones, and a
 conversation's cache is copied to another lane, or into plain memory, where that takes room.
-A copy costs about what half a token costs, and any number of conversations can be open at once.
+A copy costs about what half a token costs, and any number of conversations can be open at once. For
+the same reason what conversations begin with alike, their system text say, is read once and copied.
 
 A context without an adapter of its own can speak with several **activated** ones (arXiv 2504.12397):
 the base reads what was said before, and such an adapter only its invocation, which starts the reply,
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -42,6 +44,9 @@ _PATIENCE = 3
 _LIKE_LENGTH = 0.75
 """Prompts share a decode when the shortest is at least this part of the longest: llama.cpp gives
 all sequences of one step the same number of tokens, and the rest goes into further, smaller steps."""
+
+_WORTH_COPYING = 16
+"""Tokens of a common beginning that take longer to read than to copy."""
 
 
 @dataclass(eq=False)
@@ -81,6 +86,7 @@ class _Job:
     """A reply in the making.
 
     adapter      the activated adapter that makes it, or None
+    prompt       its tokens
     active_from  place of the first token that the adapter reads
     """
 
@@ -89,12 +95,12 @@ class _Job:
     adapter: Adapter | None
     future: asyncio.Future[Reply]
     begun: bool = False
+    prompt: list[int] = field(default_factory=list)
     active_from: int = sys.maxsize
     sampler: Sampler | None = None
     unread: list[int] = field(default_factory=list)
     made: list[int] = field(default_factory=list)
     text: bytearray = field(default_factory=bytearray)
-    prompt_tokens: int = 0
     new_tokens: int = 0
     finish: str | None = None
     error: Exception | None = None
@@ -109,6 +115,13 @@ class _Job:
     def activated(self) -> bool:
         """Whether the adapter reads the next token."""
         return self.conversation.cached >= self.active_from
+
+    def shares(self, other: Conversation) -> int:
+        """How many of the prompt's tokens another conversation begins with as well, of those that the base
+        reads for both."""
+        most = min(len(self.prompt) - 1, self.active_from, other.sound)  # the last is read for its logits
+        begins = other.segments[0][1][:most] if other.segments else []
+        return bisect_left(range(len(begins)), True, key=lambda i: begins[: i + 1] != self.prompt[: i + 1])
 
     @property
     def stretch(self) -> list[int]:
@@ -131,7 +144,7 @@ class _Job:
         return Reply(
             self.text.decode("utf-8", "ignore").replace("\0", ""),
             self.finish,
-            prompt_tokens=self.prompt_tokens,
+            prompt_tokens=len(self.prompt),
             new_tokens=self.new_tokens,
             completion_tokens=len(self.made),
         )
@@ -222,6 +235,7 @@ class Batcher:
         self._jobs: list[_Job] = []  # replies under way, at most one for each lane
         self._ended: list[Conversation] = []
         self._pieces: dict[int, bytes] = {}
+        self._drops_parts = True  # of a sequence's cache, as far as is known
         self.prompt_tokens_read = self.tokens_made = 0
         scheduler.add(self)
 
@@ -270,6 +284,9 @@ class Batcher:
             rows.append((job.lane, job.conversation.cached, tokens, len(tokens) == len(job.unread)))
         outputs = iter(self.context.decode(rows))
         for job, (_, _, tokens, complete) in zip(batch, rows, strict=True):
+            if not job.made:
+                job.new_tokens += len(tokens)
+                self.prompt_tokens_read += len(tokens)
             job.conversation.cached += len(tokens)
             del job.unread[: len(tokens)]
             if complete:
@@ -337,25 +354,27 @@ class Batcher:
         kept = conversation.length
         if rest:
             conversation.segments.append((rest, self.model.tokenize(rest)))
-        job.prompt_tokens = conversation.length
-        tokens = [token for _, tokens in conversation.segments for token in tokens]
+        job.prompt = [token for _, tokens in conversation.segments for token in tokens]
         if job.adapter is not None:
-            job.active_from = find_invocation(tokens, job.adapter)
+            job.active_from = find_invocation(job.prompt, job.adapter)
         keep = min(conversation.cached, conversation.sound, kept, job.active_from)
-        keep = min(keep, job.prompt_tokens - 1)  # the last is read for its logits
+        keep = min(keep, len(job.prompt) - 1)  # the last is read for its logits
         conversation.sound = job.active_from
-        if keep < conversation.cached:
-            if not self.context.forget(job.lane, keep):
-                self.context.forget(job.lane)
-                keep = 0
-            conversation.cached = keep
-        if job.prompt_tokens >= self.context.shape.tokens:
+        self._keep(conversation, keep)
+        if len(job.prompt) >= self.context.shape.tokens:
             job.finish = "context"
             return
-        job.unread = tokens[conversation.cached :]
-        job.new_tokens = len(job.unread)
-        self.prompt_tokens_read += job.new_tokens
+        job.unread = job.prompt[conversation.cached :]
         job.sampler = Sampler(self.model, job.request.sampling, job.request.seed)
+
+    def _keep(self, conversation: Conversation, count: int) -> None:
+        """Keep a conversation's first `count` cached tokens; none where the model cannot drop a part."""
+        assert conversation.lane is not None
+        if count < conversation.cached:
+            if not self.context.forget(conversation.lane, count):
+                self.context.forget(conversation.lane)
+                self._drops_parts, count = False, 0
+            conversation.cached = count
 
     def _next_batch(self, jobs: list[_Job]) -> list[_Job]:
         """The replies of the next decode; prompts come first, and of these what the base reads, longest
@@ -363,11 +382,11 @@ class Batcher:
         ready = [job for job in jobs if job.finish is None and job.error is None]
         prompts = [job for job in ready if len(job.unread) > 1]
         prompts = [job for job in prompts if not job.activated] or prompts
-        prompts.sort(key=lambda job: -len(job.stretch))
         if self.exact:
             return (prompts or ready)[:1]
         if not prompts:
             return sorted(ready, key=lambda job: job.lane)
+        prompts = sorted(self._share_beginnings(prompts), key=lambda job: -len(job.stretch))
         room, longest = self.context.shape.batch, len(prompts[0].stretch)
         batch: list[_Job] = []
         for job in prompts:
@@ -377,6 +396,32 @@ class Batcher:
             batch.append(job)
             room -= length
         return sorted(batch, key=lambda job: job.lane)
+
+    def _share_beginnings(self, prompts: list[_Job]) -> list[_Job]:
+        """Copy what a new conversation begins with from one that has read the same. Returns the prompts to
+        read now: not those that begin as another one of them does, which is to be read first."""
+        now: list[_Job] = []
+        for job in prompts:
+            if not job.conversation.cached and self._drops_parts:
+                cached = [held for held in self._lanes if held is not None and held.cached]
+                read = {held: min(job.shares(held), held.cached) for held in cached}
+                most = max(read.values(), default=0)
+                if any(job.shares(other.conversation) >= max(_WORTH_COPYING, most + 1) for other in now):
+                    continue
+                if most >= _WORTH_COPYING:
+                    holders = [held for held in cached if read[held] == most]
+                    self._copy_beginning(min(holders, key=lambda held: held.cached), job, most)
+            now.append(job)
+        return now
+
+    def _copy_beginning(self, source: Conversation, job: _Job, count: int) -> None:
+        """Let a reply find its first `count` tokens read, as `source` has read them."""
+        conversation = job.conversation
+        assert source.lane is not None
+        self.context.restore(job.lane, self.context.save(source.lane, self._pool), self._pool)
+        conversation.cached = source.cached
+        self._keep(conversation, count)
+        job.unread = job.prompt[conversation.cached :]
 
     def _take_token(self, job: _Job, output: int) -> None:
         """Draw the reply's next token and see whether it ends the reply."""

@@ -15,6 +15,9 @@ from parrot_edge.evaluate.window import Window
 from parrot_edge.figures import Resampling
 from parrot_edge.roles import END_MARK, AskPrompt, ask_view
 
+SHORT_TURN = 40
+"""Words that a person types rather than pastes; a few long pastes outweigh all of these."""
+
 
 @dataclass(frozen=True)
 class TurnScore:
@@ -77,7 +80,8 @@ def score_places(
 
 
 def find_perplexity(scores: Sequence[TurnScore], resampling: Resampling) -> dict[str, Any]:
-    """exp(nats / tokens), of openings and follow-ups apart as well, and exp(nats / bytes)."""
+    """exp(nats / tokens), of openings, follow-ups and turns of up to `SHORT_TURN` words apart as well, and
+    exp(nats / bytes)."""
 
     def perplexity(some: Sequence[TurnScore], sizes: Sequence[int]) -> np.ndarray:
         members = [score.turn.member for score in some]
@@ -85,10 +89,12 @@ def find_perplexity(scores: Sequence[TurnScore], resampling: Resampling) -> dict
 
     openings = [score for score in scores if score.turn.is_opening]
     others = [score for score in scores if not score.turn.is_opening]
+    short = [score for score in scores if len(score.turn.text.split()) <= SHORT_TURN]
     return {
         "per_token": perplexity(scores, [score.tokens for score in scores]),
         "opening": perplexity(openings, [score.tokens for score in openings]),
         "follow_up": perplexity(others, [score.tokens for score in others]),
+        "short": perplexity(short, [score.tokens for score in short]),
         "per_byte": perplexity(scores, [score.bytes for score in scores]),
     }
 
