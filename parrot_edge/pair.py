@@ -172,12 +172,14 @@ class _Plan:
         }
 
     def bytes(self, shapes: dict[LocalModel, ContextShape], parallel: int) -> float:
-        """Memory for the weights, the contexts, and the dialogues that wait beside them."""
+        """Memory for the weights, the contexts, and what stands beside them: dialogues that wait, or the one
+        that is being copied."""
         total = float(self._weights)
         for side, shape in shapes.items():
             model = self._headers[side.path]
             waiting = self._conversations[side] * parallel // self._load.parallel - shape.sequences
-            total += shape.bytes(model) + max(0, waiting) * shape.sequence_bytes(model)
+            beside = max(waiting, int(shape.sequences > 1))
+            total += shape.bytes(model) + beside * shape.sequence_bytes(model)
         return total
 
     def bytes_at(self, parallel: int) -> float:
