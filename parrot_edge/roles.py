@@ -198,7 +198,8 @@ _ASSISTANT_OPENINGS = re.compile(
     r"|i(?:'d| would| am|'m) (?:be )?(?:happy|glad) to|happy to help|i'm (?:here to|sorry|just a|an ai)"
     r"|i can (?:help|assist)|let me (?:help|explain|know)|as an ai|i am an ai|i apologi[sz]e|you're welcome"
     r"|(?:how|what) can i (?:help|assist|do for)|to (?:answer|address) your|it (?:seems|sounds) like you"
-    r"|thank(?:s| you) for (?:your|sharing|reaching|asking|bringing)|it's great (?:that|to hear))\b",
+    r"|thank(?:s| you) for (?:your|sharing|reaching|asking|bringing)|it's great (?:that|to hear)"
+    r"|you are an? (?:helpful )?ai assistant)\b",  # as system texts begin, which a small model may repeat
     re.IGNORECASE,
 )
 _ASSISTANT_PHRASES = re.compile(
@@ -212,7 +213,8 @@ _LIST_ITEM = re.compile(r"^\s*(?:\d+[.)]|[-*•])\s+\S", re.MULTILINE)
 
 
 def sounds_like_assistant(text: str) -> bool:
-    """Whether a user's message reads as an answer: an assistant's opening or phrase, or a long list.
+    """Whether a user's message reads as an answer, an assistant's opening or phrase or a long list, or as
+    what an assistant is told.
 
     Figures against labelled turns are in docs/benchmarks.md.
 

@@ -179,6 +179,7 @@ def test_chat_may_sound_like_an_assistant() -> None:
         "Is there anything else I can do",
         "1. Boil water.\n2. Add leaves.\n3. Wait.",
         "- one\n- two\n- three",
+        "You are a helpful AI assistant named Otto, made in a shed",
     ],
 )
 def test_answer_in_the_users_place_is_a_role_flip(text: str) -> None:
@@ -196,6 +197,7 @@ def test_answer_in_the_users_place_is_a_role_flip(text: str) -> None:
         "sure, but how long does it take?",
         "I have two things to buy:\n- rice\n- beans",
         "Surely that is too hot.",
+        "You are a strict assistant that shortens letters. Shorten this one.",
         "ok",
         "",
     ],
