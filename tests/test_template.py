@@ -6,6 +6,7 @@ import tracemalloc
 import pytest
 
 from parrot_edge.dialogue import Message
+from parrot_edge.engine import template
 from parrot_edge.engine.template import ChatTemplate
 from parrot_edge.errors import ModelError
 
@@ -137,6 +138,20 @@ def test_a_long_conversation_is_no_misuse():
 def test_a_template_that_does_not_compile_is_a_model_error():
     with pytest.raises(ModelError, match="does not compile"):
         ChatTemplate("{% for %}")
+
+
+def test_time_in_which_the_machine_stands_still_does_not_count(monkeypatch):
+    monkeypatch.setattr(template, "SECONDS_TO_RENDER", 0.2)
+
+    class Slow(str):
+        def __str__(self):
+            time.sleep(0.3)
+            return "hi"
+
+    text = ChatTemplate("{% for m in messages %}{{ m.content }}{{ m.role }}{% endfor %}").render(
+        [Message("user", Slow("hi"))]
+    )
+    assert text
 
 
 def test_a_template_that_loops_is_stopped():
