@@ -403,14 +403,14 @@ class Batcher:
         now: list[_Job] = []
         for job in prompts:
             if not job.conversation.cached and self._drops_parts:
-                cached = [held for held in self._lanes if held is not None and held.cached]
-                read = {held: min(job.shares(held), held.cached) for held in cached}
-                most = max(read.values(), default=0)
+                lanes = (held for held in self._lanes if held is not None and held.cached)
+                read = {held: min(job.shares(held), held.cached) for held in lanes}
+                source = max(read, key=lambda held: (read[held], -held.cached), default=None)
+                most = read[source] if source is not None else 0
                 if any(job.shares(other.conversation) >= max(_WORTH_COPYING, most + 1) for other in now):
                     continue
-                if most >= _WORTH_COPYING:
-                    holders = [held for held in cached if read[held] == most]
-                    self._copy_beginning(min(holders, key=lambda held: held.cached), job, most)
+                if source is not None and most >= _WORTH_COPYING:
+                    self._copy_beginning(source, job, most)
             now.append(job)
         return now
 
