@@ -7,7 +7,6 @@ before the first model is loaded; a pipe is read as it comes.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import stat
 import sys
@@ -15,6 +14,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from queue import SimpleQueue
 from threading import Thread
 from typing import Any
 
@@ -61,13 +61,18 @@ class Intake:
 
     async def seeds_as_they_come(self) -> AsyncIterator[Seed]:
         """The same for a pipe, without holding up the event loop, nor its end while no line comes."""
-        loop, seeds = asyncio.get_running_loop(), self.seeds()
-        while True:
-            seed: asyncio.Future[Seed | None] = loop.create_future()
-            Thread(target=_take_next, args=(seeds, loop, seed), daemon=True).start()
-            if (taken := await seed) is None:
-                return
-            yield taken
+        loop = asyncio.get_running_loop()
+        asked: SimpleQueue[asyncio.Future[Seed | None] | None] = SimpleQueue()
+        Thread(target=_take_when_asked, args=(self.seeds(), loop, asked), daemon=True).start()
+        try:
+            while True:
+                seed: asyncio.Future[Seed | None] = loop.create_future()
+                asked.put(seed)
+                if (taken := await seed) is None:
+                    return
+                yield taken
+        finally:
+            asked.put(None)
 
     def _read(self, reject: Callable[[Line, InputError], None] | None) -> Iterator[Seed]:
         seen: dict[str, int] = {}
@@ -112,12 +117,14 @@ class Intake:
         return stat.S_ISREG(mode) or stat.S_ISDIR(mode)
 
 
-def _take_next(
-    seeds: Iterator[Seed], loop: asyncio.AbstractEventLoop, taken: asyncio.Future[Seed | None]
+def _take_when_asked(
+    seeds: Iterator[Seed],
+    loop: asyncio.AbstractEventLoop,
+    asked: SimpleQueue[asyncio.Future[Seed | None] | None],
 ) -> None:
-    """Settle `taken` with the next seed, or None after the last, from a thread of its own."""
+    """Settle each future that is `asked` for with the next seed, or None after the last; None ends it."""
 
-    def settle(seed: Seed | None, error: Exception | None) -> None:
+    def settle(taken: asyncio.Future[Seed | None], seed: Seed | None, error: Exception | None) -> None:
         if taken.done():  # nobody waits any more
             return
         if error is not None:
@@ -125,13 +132,16 @@ def _take_next(
         else:
             taken.set_result(seed)
 
-    result: tuple[Seed | None, Exception | None]
-    try:
-        result = next(seeds, None), None
-    except Exception as error:
-        result = None, error
-    with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
-        loop.call_soon_threadsafe(settle, *result)
+    while (taken := asked.get()) is not None:
+        result: tuple[Seed | None, Exception | None]
+        try:
+            result = next(seeds, None), None
+        except Exception as error:
+            result = None, error
+        try:
+            loop.call_soon_threadsafe(settle, taken, *result)
+        except RuntimeError:  # the loop has ended meanwhile
+            return
 
 
 class Rejects:
