@@ -29,7 +29,7 @@ class Bench:
     """Stands in for llama.cpp: `speeds` by type; remembers what was derived and timed."""
 
     def __init__(self) -> None:
-        self.speeds = {"Q4_1": 100.0, "Q8_0": 200.0, "F16": 150.0}
+        self.speeds = {"Q4_1": 100.0, "Q8_0": 200.0, "F16": 150.0, "BF16": 250.0}
         self.derived: list[str] = []
         self.timed: list[tuple[str, int, int]] = []
 
@@ -51,6 +51,7 @@ def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Bench:
     monkeypatch.setattr(filetype, "embedded_path", lambda: shipped)
     monkeypatch.setattr(quantizer, "quantize", bench.quantize)
     monkeypatch.setattr(rates, "measure_rates", bench.measure)
+    monkeypatch.setattr(native, "multiplies_bfloat16", lambda: False)
     monkeypatch.setattr("os.getloadavg", lambda: (0.0, 0.0, 0.0))
     return bench
 
@@ -68,6 +69,12 @@ def test_fastest_faithful_type_is_chosen_and_says_why(bench: Bench, home: Path) 
     assert choice.reason == (
         "133 tokens/s of dialogue against 67 (Q4_1) and 100 (F16), with 2 threads and 16 sequences"
     )
+
+
+def test_bfloat16_is_tried_where_the_cpu_multiplies_it(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "multiplies_bfloat16", lambda: True)
+    assert choose().type == "BF16"
+    assert bench.derived == ["Q8_0", "F16", "BF16"]
 
 
 def test_choice_is_made_once_for_about_so_many_sequences(bench: Bench) -> None:

@@ -66,7 +66,7 @@ def examine(name: str, parallel: int, tokens: int, measure: bool) -> dict[str, A
     report: dict[str, Any] = {
         "parrot_edge": parrot_edge.__version__,
         "llama_cpp_python": native.llama_version(),
-        "features": _features(native.system_info()),
+        "features": native.cpu_features(),
         "machine": asdict(machine),
         "threads": asdict(threads),
     }
@@ -116,16 +116,6 @@ def describe(report: dict[str, Any]) -> list[str]:
         writable = "" if folder["writable"] else ", cannot be written"
         lines.append((kind, f"{folder['path']} ({format_bytes(folder['bytes'])}{writable})"))
     return [f"{label:12} {text}" for label, text in lines]
-
-
-def _features(system_info: str) -> list[str]:
-    """The features that llama.cpp's line shows as present.
-
-    >>> _features("CPU : AVX2 = 1 | FMA = 1 | AVX512 = 0 | REPACK = 1 | ")
-    ['AVX2', 'FMA', 'REPACK']
-    """
-    pairs = (part.split(":")[-1].split("=") for part in system_info.split("|") if "=" in part)
-    return [name.strip() for name, value in pairs if value.strip() != "0"]
 
 
 def _folder(path: Path) -> dict[str, Any]:

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from parrot_edge.convert.quantize import NEEDS_IMATRIX, parse_type, quantize
+from parrot_edge.engine import native
 from parrot_edge.errors import ModelError, UsageError
 from parrot_edge.filetype import measure_speed
 from parrot_edge.machine import DEFAULT_SEQUENCES, choose_threads, format_bytes, plural
 
 CANDIDATES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "IQ4_NL")
-"""Types that are tried where none are named: those that are fast somewhere, at eight to four bits."""
+"""Types that are tried where none are named: those that are fast somewhere, at eight to four bits; and BF16
+where the CPU multiplies it."""
 
 LOSS = 0.05
 """KL divergence, nats a token, that is allowed where nothing else is said."""
@@ -52,7 +54,7 @@ def choose_type(
     folder: Path,
     divergence: Callable[[Path], float],
     *,
-    types: Sequence[str] = CANDIDATES,
+    types: Sequence[str] | None = None,
     loss: float = LOSS,
     imatrix: Path | None = None,
     sequences: int = DEFAULT_SEQUENCES,
@@ -62,14 +64,17 @@ def choose_type(
 ) -> AutoChoice:
     """The fastest type for the 16-bit GGUF `source` whose `divergence`, of a file, is at most `loss`.
 
-    Each type is written into `folder`, timed with so many sequences, and removed again; then divergences
-    are measured from the fastest type on, until one is small enough. The source competes as well, and is
-    taken where no other will do. Types that need an importance matrix are left out without `imatrix`.
+    Each type (`CANDIDATES` if none are given) is written into `folder`, timed with so many sequences, and
+    removed again; then divergences are measured from the fastest type on, until one is small enough. The
+    source competes as well, and is taken where no other will do. Types that need an importance matrix are
+    left out without `imatrix`.
     Raises `UsageError` where `loss` is not positive, and what `quantize` raises.
     """
     if not 0 < loss < math.inf:
         raise UsageError(f"a loss of {loss:g} cannot be kept to; give nats a token above 0, such as {LOSS}")
     cores = threads or choose_threads().count
+    if types is None:
+        types = (*CANDIDATES, "BF16") if native.multiplies_bfloat16() else CANDIDATES
     names = [name for name in map(parse_type, types) if imatrix or name not in NEEDS_IMATRIX]
     files = {name: folder / f"{source.stem}.{name}.candidate.gguf" for name in dict.fromkeys(names)}
     measured: list[Candidate] = []

@@ -81,6 +81,21 @@ def system_info() -> str:
     return C.llama_print_system_info().decode()
 
 
+def cpu_features(info: str | None = None) -> list[str]:
+    """What of the CPU this build of llama.cpp makes use of; `info` is `system_info()` if not given.
+
+    >>> cpu_features("CPU : AVX2 = 1 | FMA = 1 | AVX512 = 0 | REPACK = 1 | ")
+    ['AVX2', 'FMA', 'REPACK']
+    """
+    pairs = (part.split(":")[-1].split("=") for part in (info or system_info()).split("|") if "=" in part)
+    return [name.strip() for name, value in pairs if value.strip() != "0"]
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether the CPU has instructions that multiply bfloat16, and llama.cpp uses them."""
+    return "AVX512_BF16" in cpu_features()
+
+
 def supports_gpus() -> bool:
     """Whether this build of llama.cpp computes on GPUs where there are some."""
     return bool(C.llama_supports_gpu_offload())
