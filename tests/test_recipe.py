@@ -96,7 +96,7 @@ def test_overrides_take_the_type_of_their_field() -> None:
         ("lora=8", "lora is a section"),
         ("optim.checkpointing=maybe", "optim.checkpointing is 'maybe'; it takes true or false"),
         ("base.quantization=int8", "use one of nf4, none"),
-        ("optim.micro_batch=3", "optim.batch_size 4 is no multiple"),
+        ("optim.micro_batch=3", "optim.batch_size 2 is no multiple"),
         ("data.system_text=hello", "belong together"),
         ("lora.rank", "write section.key=value"),
     ],

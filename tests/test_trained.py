@@ -19,7 +19,7 @@ from tiny_gguf import add_lora, cut, torch_logits
 
 from parrot_edge.convert.trained import WEIGHTS, find_trained, load_trained
 from parrot_edge.errors import ModelError
-from parrot_edge.recipe import BaseOptions, TrainRecipe, dump_recipe
+from parrot_edge.recipe import BaseOptions, TrainRecipe, dump_recipe, load_recipe
 from parrot_edge.train.base import Base
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -63,6 +63,33 @@ def test_run_folder_tells_role_dtype_and_base(
     monkeypatch.chdir(made)  # where the base lies under its own name
     trained = find_trained(lora)
     assert (trained.role, trained.verified, str(trained.dtype)) == ("ask", True, "torch.bfloat16")
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_weights_are_those_trained_over_and_computing_is_in_float32(
+    made: Path, lora: Path, quantization: str
+) -> None:
+    import torch
+    from bitsandbytes.functional import dequantize_4bit
+    from safetensors.torch import load_file
+
+    describe(lora, identify(made), dtype="bfloat16")
+    recipe = load_recipe(lora / "recipe.yaml", [f"base.quantization={quantization}"])
+    (lora / "recipe.yaml").write_text(dump_recipe(recipe))
+    model = find_trained(lora, str(made / "tiny")).load_base()
+    weights = load_file(made / "tiny" / "model.safetensors")
+    embedding = model.model.embed_tokens.weight
+    assert embedding.dtype == torch.float32
+    assert embedding.equal(weights["model.embed_tokens.weight"].bfloat16().float())
+    assert np.isfinite(torch_logits(model)).all()
+    layer = model.model.layers[0].mlp.down_proj
+    if quantization == "nf4":
+        assert layer.compute_dtype == torch.float32
+        given = torch.eye(layer.in_features)
+        held = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        assert torch.allclose(layer(given), held.float().T, rtol=2**-8, atol=0)  # `held` is in bfloat16
+    else:
+        assert layer.weight.equal(weights["model.layers.0.mlp.down_proj.weight"].bfloat16().float())
 
 
 def test_base_that_is_not_here_is_named(made: Path, lora: Path, tmp_path: Path) -> None:

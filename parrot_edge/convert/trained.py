@@ -35,7 +35,7 @@ class TrainedFiles:
     verified    whether the base was shown, by its hash or commit, to be the one that was trained on
     tokenizer   the base's, with the recipe's chat template where it names one
     device      where it is computed
-    dtype       what it was computed in while training, or what suits this machine
+    dtype       what the base was held in while training; float32 where that is unknown
     """
 
     folder: Path
@@ -56,15 +56,17 @@ class TrainedFiles:
         """Whether the base was held in 4 bits while training."""
         return self.recipe.base.quantization == "nf4"
 
-    def load_base(self, *, quantization: str | None = None, dtype: Any = None) -> Any:
-        """The base's weights anew, as in training but for what is said here; ready to be evaluated."""
+    def load_base(self) -> Any:
+        """The base anew, ready to be evaluated: the weights that were trained over, computing in float32.
+
+        What bfloat16 rounds away between the layers is no part of what was learned, and is more than
+        what separates a good 16-bit file from its weights.
+        """
         from parrot_edge.train import loops
 
-        options = self.recipe.base
-        if quantization is not None:
-            options = replace(options, quantization=quantization)  # type: ignore[arg-type]
         with quiet_libraries():
-            model = load_model(self.base, options, dtype=dtype or self.dtype, device=self.device)
+            model = load_model(self.base, self.recipe.base, dtype=self.dtype, device=self.device)
+        _compute_in_float32(model)
         loops.set_evaluating(model)
         return model
 
@@ -133,8 +135,7 @@ def find_trained(folder: Path, base: str | None = None) -> TrainedFiles:
         if not name:
             raise ModelError(f"{folder} does not tell its base; name it with --base")
         options = replace(options, name=name, revision=config.get("revision") or "main")
-    if "dtype" in record:
-        options = replace(options, dtype=record["dtype"])
+    options = replace(options, dtype=record.get("dtype", "float32"))
     recipe = replace(recipe, base=options, run=replace(recipe.run, device="auto"))
     with quiet_libraries():
         device, dtype, _ = choose_device(recipe)
@@ -155,6 +156,16 @@ def find_trained(folder: Path, base: str | None = None) -> TrainedFiles:
         device=device,
         dtype=dtype,
     )
+
+
+def _compute_in_float32(model: Any) -> None:
+    """Have a model compute in float32 with the very weights that it has, 4-bit ones too."""
+    import torch
+
+    torch.nn.Module.float(model)  # transformers' own refuses a 4-bit model, whose packed weights this leaves
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            module.compute_dtype = torch.float32
 
 
 def _read_run(folder: Path) -> tuple[dict[str, Any], TrainRecipe]:
