@@ -361,7 +361,7 @@ def _count_tokens(pair: Any, *, learned: bool = False) -> int:
 def quiet_libraries() -> Iterator[None]:
     """No progress bars and no chatter; peft and trl still call some functions by their old names."""
     os.environ.setdefault("TQDM_DISABLE", "1")
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # it misses kernels we do not use
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # on what it lacks
     import datasets
     import transformers
 
