@@ -14,6 +14,7 @@ import shutil
 import socket
 import subprocess
 import time
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,7 +74,13 @@ Say = Callable[[int, list[Message], str], Awaitable[str]]
 """(dialogue, messages so far, whose message is next) -> the message."""
 
 
-async def _talk_all(shape: Shape, openings: list[str], say: Say, parallel: int) -> None:
+async def _talk_all(
+    shape: Shape,
+    openings: list[str],
+    say: Say,
+    parallel: int,
+    end: Callable[[int], Awaitable[None]] | None = None,
+) -> None:
     gate = asyncio.Semaphore(parallel)
 
     async def talk(index: int) -> None:
@@ -83,6 +90,8 @@ async def _talk_all(shape: Shape, openings: list[str], say: Say, parallel: int) 
                 role = "assistant" if message % 2 else "user"
                 text = await say(index, messages, role)
                 messages.append(Message(role, text.strip() or "..."))
+            if end is not None:
+                await end(index)
 
     await asyncio.gather(*(talk(index) for index in range(shape.dialogues)))
 
@@ -108,26 +117,28 @@ def measure_engine(
                 "user": LlamaEngine(batchers[-1], adapter=lora),
             }
             sessions: dict[tuple[int, str], Session] = {}
+            open_sessions = defaultdict[int, contextlib.AsyncExitStack](contextlib.AsyncExitStack)
             heard: dict[tuple[int, str], int] = {}
             new = 0
 
-            async with contextlib.AsyncExitStack() as stack:
+            async def say(index: int, messages: list[Message], role: str) -> str:
+                nonlocal new
+                if (index, role) not in sessions:
+                    beside = sessions.get((index, "assistant"))  # which speaks first
+                    session = engines[role].session(beside=beside)
+                    sessions[index, role] = await open_sessions[index].enter_async_context(session)
+                request = _request(shape, index, messages, role)
+                reply = await sessions[index, role].reply(request)
+                new += reply.prompt_tokens - heard.get((index, role), 0)
+                heard[index, role] = reply.prompt_tokens + reply.completion_tokens
+                return reply.text
 
-                async def say(index: int, messages: list[Message], role: str) -> str:
-                    nonlocal new
-                    if (index, role) not in sessions:
-                        beside = sessions.get((index, "assistant"))  # which speaks first
-                        session = engines[role].session(beside=beside)
-                        sessions[index, role] = await stack.enter_async_context(session)
-                    request = _request(shape, index, messages, role)
-                    reply = await sessions[index, role].reply(request)
-                    new += reply.prompt_tokens - heard.get((index, role), 0)
-                    heard[index, role] = reply.prompt_tokens + reply.completion_tokens
-                    return reply.text
+            async def end(index: int) -> None:
+                await open_sessions.pop(index).aclose()
 
-                began = time.perf_counter()
-                await _talk_all(shape, openings, say, shape.parallel)
-                seconds = time.perf_counter() - began
+            began = time.perf_counter()
+            await _talk_all(shape, openings, say, shape.parallel, end)
+            seconds = time.perf_counter() - began
             made = sum(batcher.tokens_made for batcher in batchers)
             read = sum(batcher.prompt_tokens_read for batcher in batchers)
             for batcher in batchers:
