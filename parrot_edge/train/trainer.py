@@ -361,7 +361,8 @@ def _count_tokens(pair: Any, *, learned: bool = False) -> int:
 def quiet_libraries() -> Iterator[None]:
     """No progress bars and no chatter; peft and trl still call some functions by their old names."""
     os.environ.setdefault("TQDM_DISABLE", "1")
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # on what it lacks
+    # at import, where the CPU multiplies bfloat16, it warns of a lack of kernels that nobody here calls
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     import datasets
     import transformers
 
