@@ -13,6 +13,7 @@ import pytest
 from upload_hub import UploadHub, serve_uploads
 
 from parrot_edge.models import embedded_path
+from parrot_edge.store import cache_dir
 
 ROOT = Path(__file__).parent.parent
 
@@ -86,6 +87,10 @@ def model_file(embedded_model: Path, tmp_path_factory: pytest.TempPathFactory) -
 def parrot(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Parrot]:
     """The real command, in `tmp_path`, with a home of its own."""
     home = tmp_path_factory.mktemp("home")
+    compiled = cache_dir() / "attention"  # once for all of them
+    compiled.mkdir(parents=True, exist_ok=True)
+    (home / "cache").mkdir()
+    (home / "cache" / "attention").symlink_to(compiled)
     command = Parrot(["-m", "parrot_edge"], tmp_path, PARROT_HOME=str(home), HF_HUB_OFFLINE="1")
     yield command
     command.end()
@@ -103,7 +108,6 @@ def scripted_parrot(tmp_path: Path) -> Iterator[Parrot]:
 def toolkit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """llama.cpp's converters, which bin/test fetches beforehand, in a home that is new but for them."""
     from parrot_edge.convert.toolkit import VERSION
-    from parrot_edge.store import cache_dir
 
     folder = cache_dir() / "llama.cpp" / VERSION
     if not folder.is_dir():

@@ -61,12 +61,13 @@ def examine(name: str, parallel: int, tokens: int, measure: bool) -> dict[str, A
     """All that is reported, ready for JSON; raises `ModelError` where the model cannot be used."""
     from parrot_edge.engine import native  # loads llama.cpp
 
-    machine = inspect_machine()
+    machine, attention = inspect_machine(), native.attention()
     threads = choose_threads(machine)
     report: dict[str, Any] = {
         "parrot_edge": parrot_edge.__version__,
         "llama_cpp_python": native.llama_version(),
         "features": native.cpu_features(),
+        "attention": {"compiled": attention.callback is not None, "reason": attention.reason},
         "machine": asdict(machine),
         "threads": asdict(threads),
     }
@@ -101,6 +102,7 @@ def describe(report: dict[str, Any]) -> list[str]:
         ("parrot_edge", f"{report['parrot_edge']}, with llama-cpp-python {report['llama_cpp_python']}"),
         ("processor", f"{machine['cpu'] or 'unknown'}, {cores}"),
         ("features", " ".join(report["features"])),
+        ("attention", report["attention"]["reason"]),
         ("memory", memory),
         ("threads", f"{threads['count']}: {threads['reason']}"),
         ("model", f"{model['name']}: {model['target']}"),

@@ -2,7 +2,7 @@
 
 A reply reads only what its conversation's cache does not hold yet: usually the other side's last
 message. Conversations that have something to read go first, so that as many as possible share
-each decode step; prompt and decode tokens stay in separate calls, since llama.cpp splits a mixed
+each decode step; all but the shortest prompts stay apart from decode tokens, since llama.cpp splits a mixed
 batch into many small ones. It also splits a batch at every gap between sequence numbers. So the
 sequences of a context are lanes: the replies under way always hold neighbouring ones, and a
 conversation's cache is copied to another lane, or into plain memory, where that takes room.
@@ -44,6 +44,13 @@ _PATIENCE = 3
 _LIKE_LENGTH = 0.75
 """Prompts share a decode when the shortest is at least this part of the longest: llama.cpp gives
 all sequences of one step the same number of tokens, and the rest goes into further, smaller steps."""
+
+_RIDE = 8
+"""Tokens of a prompt that cost less as one more row of so many decode steps than in a step of their own: a
+header, mostly, with the end of the message before it."""
+
+_COMPANY = 4
+"""Replies that must be under way for a prompt to ride along with them."""
 
 _WORTH_COPYING = 16
 """Tokens of a common beginning that take longer to read than to copy."""
@@ -128,6 +135,11 @@ class _Job:
         """The unread tokens up to where the adapter begins, or to the end."""
         left = self.active_from - self.conversation.cached
         return self.unread[:left] if left > 0 else self.unread
+
+    @property
+    def can_ride(self) -> bool:
+        """Whether the prompt is so short that replies being written can take it along."""
+        return len(self.unread) <= _RIDE and self.activated == (self.adapter is not None)
 
     def show_text(self) -> None:
         """Pass on what is new, holding back what could still become a stop text."""
@@ -274,13 +286,13 @@ class Batcher:
                     self._start(job)
                 except Exception as error:  # of this reply alone: its template, its grammar, its text
                     job.error = error
-        batch = self._next_batch(jobs)
+        batch, most = self._next_batch(jobs)
         if not batch:
             return
         self.context.apply(adapter if batch[0].activated else self.context.adapter)
         rows = []
         for job in batch:
-            tokens = job.stretch[: self.context.shape.batch]
+            tokens = job.stretch[:most]
             rows.append((job.lane, job.conversation.cached, tokens, len(tokens) == len(job.unread)))
         outputs = iter(self.context.decode(rows))
         for job, (_, _, tokens, complete) in zip(batch, rows, strict=True):
@@ -376,16 +388,19 @@ class Batcher:
                 self._drops_parts, count = False, 0
             conversation.cached = count
 
-    def _next_batch(self, jobs: list[_Job]) -> list[_Job]:
-        """The replies of the next decode; prompts come first, and of these what the base reads, longest
-        first, with others of like length."""
+    def _next_batch(self, jobs: list[_Job]) -> tuple[list[_Job], int]:
+        """The replies of the next decode, and how many tokens each may read; prompts come first, and of these
+        what the base reads, longest first, with others of like length. Short ones ride along with the
+        replies that are being written, a token a step."""
         ready = [job for job in jobs if job.finish is None and job.error is None]
         prompts = [job for job in ready if len(job.unread) > 1]
-        prompts = [job for job in prompts if not job.activated] or prompts
         if self.exact:
-            return (prompts or ready)[:1]
+            return (prompts or ready)[:1], self.context.shape.batch
+        if len(ready) - len(prompts) >= _COMPANY:
+            prompts = [job for job in prompts if not job.can_ride]
+        prompts = [job for job in prompts if not job.activated] or prompts
         if not prompts:
-            return sorted(ready, key=lambda job: job.lane)
+            return sorted(ready, key=lambda job: job.lane), 1
         prompts = sorted(self._share_beginnings(prompts), key=lambda job: -len(job.stretch))
         room, longest = self.context.shape.batch, len(prompts[0].stretch)
         batch: list[_Job] = []
@@ -395,7 +410,7 @@ class Batcher:
                 break
             batch.append(job)
             room -= length
-        return sorted(batch, key=lambda job: job.lane)
+        return sorted(batch, key=lambda job: job.lane), self.context.shape.batch
 
     def _share_beginnings(self, prompts: list[_Job]) -> list[_Job]:
         """Copy what a new conversation begins with from one that has read the same. Returns the prompts to

@@ -23,6 +23,7 @@ from typing import Any
 import llama_cpp.llama_cpp as C
 import numpy as np
 
+from parrot_edge.engine.attention import Attention, load_attention
 from parrot_edge.engine.base import INVOCATION_KEY, Sampling
 from parrot_edge.engine.ggml import Observer, Watch
 from parrot_edge.errors import ModelError, UsageError
@@ -94,6 +95,11 @@ def cpu_features(info: str | None = None) -> list[str]:
 def multiplies_bfloat16() -> bool:
     """Whether the CPU has instructions that multiply bfloat16, and llama.cpp uses them."""
     return "AVX512_BF16" in cpu_features()
+
+
+def attention() -> Attention:
+    """Who computes attention in contexts that are not observed."""
+    return load_attention(tuple(cpu_features()))
 
 
 def supports_gpus() -> bool:
@@ -518,8 +524,9 @@ class Context(_Handle):
         params.kv_unified = False
         params.no_perf = True
         self._watch = Watch(observer) if observer is not None else None
-        if self._watch is not None:
-            params.cb_eval = self._watch.callback
+        callback = self._watch.callback if self._watch else attention().callback
+        if callback is not None:
+            params.cb_eval = callback
         _log.clear()
         pointer = C.llama_init_from_model(model.pointer, params)
         if not pointer:
