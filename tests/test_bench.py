@@ -50,6 +50,22 @@ def test_the_report_as_json(embedded_model):
     report = json.loads(result.stdout)
     ways = [row["way"] for row in report["results"]]
     assert [way.split(",")[0] for way in ways][:2] == ["parrot", "parrot"]
-    assert report["limit"]["exchange"] > 0
+    [limit] = report["limits"]
+    assert limit["exchange"] > 0
+    assert report["results"][0]["of_limit"] == report["results"][0]["rate"] / limit["exchange"]
     derived = report["model"] != str(embedded_model)  # else the shipped file is the fastest here
     assert ("two Llama objects on the shipped file" in ways) == derived
+
+
+def test_each_round_has_a_limit_of_its_own(embedded_model, monkeypatch):
+    limits = iter([bench.Rates(100.0, 100.0), bench.Rates(200.0, 200.0), bench.Rates(400.0, 400.0)])
+    monkeypatch.setattr(bench, "measure_limit", lambda path, shape: next(limits))
+    for way in ("engine", "two_llamas"):
+        result = bench.Result(way, tokens=100, seconds=1.0, read=0.5)
+        monkeypatch.setattr(bench, f"measure_{way}", lambda *_, result=result, **__: result)
+    monkeypatch.setattr(bench, "find_llama_server", lambda binary: None)
+    result = CliRunner().invoke(parrot, ["bench", "--model", str(embedded_model), "--rounds", "3"])
+    assert result.exit_code == 0, result.output
+    lines = [line.split() for line in result.stdout.splitlines() if line.startswith("engine")]
+    assert {line[2] for line in lines[:-1]} == {"2.00", "1.00", "0.50"}
+    assert lines[-1][1:] == ["100", "1.00"]

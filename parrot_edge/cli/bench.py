@@ -63,8 +63,9 @@ def bench(
     """Measure the engine against its limit and against other ways to run the same file.
 
     The limit is what a pair could reach that writes every token once at the best measured rate and
-    reads it once, on the other side, at the best measured rate. Of the embedded model the file that
-    is fastest here is run; two Llama objects also run the shipped one. Run it on a quiet machine.
+    reads it once, on the other side, at the best measured rate; each round measures it anew. Of the
+    embedded model the file that is fastest here is run; two Llama objects also run the shipped one.
+    Run it on a quiet machine.
 
     \b
     Examples:
@@ -91,35 +92,47 @@ def bench(
     if origin != path:
         way = "two Llama objects on the shipped file"
         runs.append(partial(ways.measure_two_llamas, origin, shape, openings, way=way))
-    limit = ways.measure_limit(path, shape)
-    results: list[ways.Result] = []
     if not as_json:
         click.echo(
-            f"{path.name}: {dialogues} dialogues of {turns} turns, {parallel} at once, {threads} threads"
+            f"{path.name}: {dialogues} dialogues of {turns} turns, {parallel} at once, {threads} threads\n"
         )
-        click.echo(f"best rates: {limit.decode:.0f} tokens/s written, {limit.prompt:.0f} read\n")
         click.echo(f"{'':52}{'tokens/s':>10}{'of limit':>10}{'read':>8}")
-        click.echo(_line("limit: write once, read once", limit.exchange, limit.exchange, 1.0))
-    for run in runs * rounds:
-        result = run()
-        results.append(result)
+    limits: list[ways.Rates] = []
+    results: dict[str, list[tuple[ways.Result, float]]] = {}  # of each way, with the limit of its round
+    for _ in range(rounds):
+        limit = ways.measure_limit(path, shape)
+        limits.append(limit)
         if not as_json:
-            click.echo(_line(result.way, result.rate, limit.exchange, result.read))
-    if rounds > 1 and not as_json:
-        click.echo(f"\nmedians of {rounds} rounds")
-        for way in dict.fromkeys(result.way for result in results):
-            rate = statistics.median(result.rate for result in results if result.way == way)
-            click.echo(_line(way, rate, limit.exchange, None))
-    if binary is None and not as_json:
-        click.echo("llama-server is not on the PATH and is left out")
+            name = f"limit: {limit.decode:.0f} tokens/s written, {limit.prompt:.0f} read"
+            click.echo(_line(name, limit.exchange, 1.0, 1.0))
+        for run in runs:
+            result = run()
+            results.setdefault(result.way, []).append((result, limit.exchange))
+            if not as_json:
+                click.echo(_line(result.way, result.rate, result.rate / limit.exchange, result.read))
     if as_json:
-        rows = [{**asdict(result), "rate": result.rate} for result in results]
-        rates = {**asdict(limit), "exchange": limit.exchange}
-        click.echo(json.dumps({"model": str(path), "shape": asdict(shape), "limit": rates, "results": rows}))
+        measured = [
+            {**asdict(result), "rate": result.rate, "of_limit": result.rate / limit}
+            for of_way in results.values()
+            for result, limit in of_way
+        ]
+        rates = [{**asdict(limit), "exchange": limit.exchange} for limit in limits]
+        report = {"model": str(path), "shape": asdict(shape), "limits": rates, "results": measured}
+        click.echo(json.dumps(report))
+        return
+    if rounds > 1:
+        click.echo(f"\nmedians of {rounds} rounds")
+        for way, of_way in results.items():
+            rate = statistics.median(result.rate for result, _ in of_way)
+            click.echo(
+                _line(way, rate, statistics.median(result.rate / limit for result, limit in of_way), None)
+            )
+    if binary is None:
+        click.echo("llama-server is not on the PATH and is left out")
 
 
-def _line(way: str, rate: float, limit: float, read: float | None) -> str:
-    return f"{way:52}{rate:10.0f}{rate / limit:10.2f}" + (f"{read:8.2f}" if read is not None else "")
+def _line(way: str, rate: float, of_limit: float, read: float | None) -> str:
+    return f"{way:52}{rate:10.0f}{of_limit:10.2f}" + (f"{read:8.2f}" if read is not None else "")
 
 
 def _adapter(text: str, path: Path, parallel: int, threads: int) -> Path | None:

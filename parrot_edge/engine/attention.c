@@ -152,74 +152,93 @@ INLINE void fetch(const char *from, int64_t size) {
     for (int64_t byte = 0; byte < 2 * size; byte += 64) __builtin_prefetch(from + byte);
 }
 
-INLINE void attend(const struct work *work, const int rows, const int64_t size, float scale) {
+/* What a pass over the cache keeps of each row: the query, scaled; the values so far, weighted; the largest score so far;
+   the sum of the weights, which are e to the score less that one; and the scores of a block, then its weights. */
+struct state {
     float query[ROWS][MAX_HEAD], total[ROWS][MAX_HEAD], weight[ROWS][BLOCK];
-    float most[ROWS], sums[ROWS]; /* of the scores so far, and of their exponentials less that */
+    float most[ROWS], sum[ROWS];
+} __attribute__((aligned(64)));
+
+/* Products of a block's keys with the queries, and what the masks add; fetches the values of the block meanwhile. */
+INLINE void score(struct state *state, const struct work *work, const int rows, const int64_t size, int64_t block) {
+    const char *keys = work->keys + block * work->key_step, *values = work->values + block * work->value_step;
+    for (int p = 0; p < BLOCK; p += LANES) {
+        vector products[ROWS][LANES];
+        for (int i = 0; i < LANES; i++) {
+            const half *key = (const half *) (keys + (p + i) * work->key_step);
+            fetch(values + (p + i) * work->value_step, size);
+            vector dot[ROWS];
+            for (int r = 0; r < rows; r++) dot[r] = fill(0);
+            for (int64_t d = 0; d < size; d += LANES) {
+                vector numbers = widen(key + d);
+                for (int r = 0; r < rows; r++) dot[r] += numbers * load(state->query[r] + d);
+            }
+            for (int r = 0; r < rows; r++) products[r][i] = dot[r];
+        }
+        for (int r = 0; r < rows; r++)
+            store(state->weight[r] + p, sum_each(products[r]) + widen(work->masks[r] + block + p));
+    }
+}
+
+/* Makes weights of a row's scores, and brings what came before down to the largest of them. */
+INLINE void weigh(struct state *state, int row, const int64_t size) {
+    float *weights = state->weight[row], *total = state->total[row];
+    vector highest = load(weights);
+    for (int p = LANES; p < BLOCK; p += LANES) highest = larger(highest, load(weights + p));
+    const float high = largest(highest);
+    if (high > state->most[row]) {
+        const float shrink = expf(state->most[row] - high);
+        state->most[row] = high;
+        state->sum[row] *= shrink;
+        for (int64_t d = 0; d < size; d += LANES) store(total + d, load(total + d) * shrink);
+    }
+    const float most = state->most[row];
+    vector added = fill(0);
+    for (int p = 0; p < BLOCK; p += LANES) {
+        vector weight = most == -INFINITY ? fill(0) : exponential(load(weights + p) - most);
+        store(weights + p, weight);
+        added += weight;
+    }
+    state->sum[row] += sum(added);
+}
+
+/* Adds a block's values up by their weights; fetches the keys of the next block meanwhile. */
+INLINE void add(struct state *state, const struct work *work, const int rows, const int64_t size, int64_t block) {
+    const char *values = work->values + block * work->value_step, *next = work->keys + (block + BLOCK) * work->key_step;
+    for (int64_t d = 0; d < size; d += CHUNK * LANES) {
+        vector held[ROWS][CHUNK];
+        for (int r = 0; r < rows; r++)
+            for (int c = 0; c < CHUNK; c++) held[r][c] = load(state->total[r] + d + c * LANES);
+        for (int p = 0; p < BLOCK; p++) {
+            const half *value = (const half *) (values + p * work->value_step) + d;
+            if (d == 0) fetch(next + p * work->key_step, size);
+            for (int c = 0; c < CHUNK; c++) {
+                vector numbers = widen(value + c * LANES);
+                for (int r = 0; r < rows; r++) held[r][c] += numbers * state->weight[r][p];
+            }
+        }
+        for (int r = 0; r < rows; r++)
+            for (int c = 0; c < CHUNK; c++) store(state->total[r] + d + c * LANES, held[r][c]);
+    }
+}
+
+INLINE void attend(const struct work *work, const int rows, const int64_t size, float scale) {
+    struct state state;
     for (int r = 0; r < rows; r++) {
-        for (int64_t d = 0; d < size; d++) query[r][d] = scale * work->queries[r][d];
-        memset(total[r], 0, size * sizeof(float));
-        most[r] = -INFINITY;
-        sums[r] = 0;
+        for (int64_t d = 0; d < size; d++) state.query[r][d] = scale * work->queries[r][d];
+        memset(state.total[r], 0, size * sizeof(float));
+        state.most[r] = -INFINITY;
+        state.sum[r] = 0;
     }
     for (int64_t block = 0; block < work->positions; block += BLOCK) {
         if (!sees_any(work, rows, block)) continue;
-        const char *keys = work->keys + block * work->key_step, *values = work->values + block * work->value_step;
-        const char *next = keys + BLOCK * work->key_step;
-        vector highest[ROWS];
-        for (int r = 0; r < rows; r++) highest[r] = fill(-INFINITY);
-        for (int p = 0; p < BLOCK; p += LANES) {
-            vector products[ROWS][LANES];
-            for (int i = 0; i < LANES; i++) {
-                const half *key = (const half *) (keys + (p + i) * work->key_step);
-                fetch(values + (p + i) * work->value_step, size);
-                vector dot[ROWS];
-                for (int r = 0; r < rows; r++) dot[r] = fill(0);
-                for (int64_t d = 0; d < size; d += LANES) {
-                    vector numbers = widen(key + d);
-                    for (int r = 0; r < rows; r++) dot[r] += numbers * load(query[r] + d);
-                }
-                for (int r = 0; r < rows; r++) products[r][i] = dot[r];
-            }
-            for (int r = 0; r < rows; r++) {
-                vector scores = sum_each(products[r]) + widen(work->masks[r] + block + p);
-                store(weight[r] + p, scores);
-                highest[r] = larger(highest[r], scores);
-            }
-        }
-        for (int r = 0; r < rows; r++) {
-            const float high = largest(highest[r]);
-            if (high > most[r]) {
-                const float shrink = expf(most[r] - high);
-                most[r] = high;
-                sums[r] *= shrink;
-                for (int64_t d = 0; d < size; d += LANES) store(total[r] + d, load(total[r] + d) * shrink);
-            }
-            vector added = fill(0);
-            for (int p = 0; p < BLOCK; p += LANES) {
-                vector share = most[r] == -INFINITY ? fill(0) : exponential(load(weight[r] + p) - most[r]);
-                store(weight[r] + p, share);
-                added += share;
-            }
-            sums[r] += sum(added);
-        }
-        for (int64_t d = 0; d < size; d += CHUNK * LANES) {
-            vector held[ROWS][CHUNK];
-            for (int r = 0; r < rows; r++)
-                for (int c = 0; c < CHUNK; c++) held[r][c] = load(total[r] + d + c * LANES);
-            for (int p = 0; p < BLOCK; p++) {
-                const half *value = (const half *) (values + p * work->value_step) + d;
-                if (d == 0) fetch(next + p * work->key_step, size);
-                for (int c = 0; c < CHUNK; c++) {
-                    vector numbers = widen(value + c * LANES);
-                    for (int r = 0; r < rows; r++) held[r][c] += numbers * weight[r][p];
-                }
-            }
-            for (int r = 0; r < rows; r++)
-                for (int c = 0; c < CHUNK; c++) store(total[r] + d + c * LANES, held[r][c]);
-        }
+        score(&state, work, rows, size, block);
+        for (int r = 0; r < rows; r++) weigh(&state, r, size);
+        add(&state, work, rows, size, block);
     }
     for (int r = 0; r < rows; r++)
-        for (int64_t d = 0; d < size; d++) work->outputs[r][d] = sums[r] > 0 ? total[r][d] / sums[r] : 0;
+        for (int64_t d = 0; d < size; d++)
+            work->outputs[r][d] = state.sum[r] > 0 ? state.total[r][d] / state.sum[r] : 0;
 }
 
 /* The number of rows becomes a constant, which keeps their sums in registers. */
