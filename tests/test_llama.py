@@ -75,7 +75,7 @@ def test_exact_mode_depends_on_neither_order_nor_width(embedded_model):
 
 
 def test_greedy_text_equals_that_of_llama_cpp_python(embedded_model, monkeypatch):
-    """With llama.cpp's own attention: ours rounds less, so of two tokens as likely it may take the other."""
+    """With llama.cpp's own attention; ours may take the other of two tokens that are about as likely."""
     import llama_cpp
 
     monkeypatch.setattr(native, "attention", lambda: Attention(None, "for this test"))
