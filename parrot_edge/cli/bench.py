@@ -124,9 +124,8 @@ def bench(
         click.echo(f"\nmedians of {rounds} rounds")
         for way, of_way in results.items():
             rate = statistics.median(result.rate for result, _ in of_way)
-            click.echo(
-                _line(way, rate, statistics.median(result.rate / limit for result, limit in of_way), None)
-            )
+            of_limit = statistics.median(result.rate / limit for result, limit in of_way)
+            click.echo(_line(way, rate, of_limit, None))
     if binary is None:
         click.echo("llama-server is not on the PATH and is left out")
 
