@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("gguf")
 
-import gguf
+from tiny_gguf import write_lora
 
 from parrot_edge.dialogue import Message
 from parrot_edge.engine.base import Request, Sampling
@@ -34,24 +34,18 @@ def adapter(embedded_model: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     path = tmp_path_factory.mktemp("adapter") / "ask.gguf"
     with Model(embedded_model, vocab_only=True) as model:
         invocation = model.tokenize(HEADER.encode())
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_type("adapter")
-    writer.add_string("adapter.type", "lora")
-    writer.add_float32("adapter.lora.alpha", 4.0)
-    writer.add_string("parrot.role", "ask")
-    kinds = gguf.GGUFValueType
-    writer.add_key_value("adapter.alora.invocation_tokens", invocation, kinds.ARRAY, kinds.UINT32)
-    rng = np.random.default_rng(0)
+    metadata = {
+        "adapter.lora.alpha": 4.0,
+        "parrot.role": "ask",
+        "adapter.alora.invocation_tokens": invocation,
+    }
+    rng, tensors = np.random.default_rng(0), {}
     for block in range(5):
         for part, rows in (("q", 576), ("v", 192)):
             name = f"blk.{block}.attn_{part}.weight.lora_"
-            writer.add_tensor(name + "a", rng.normal(0, 0.05, (4, 576)).astype(np.float32))
-            writer.add_tensor(name + "b", rng.normal(0, 0.4, (rows, 4)).astype(np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+            tensors[name + "a"] = rng.normal(0, 0.05, (4, 576)).astype(np.float32)
+            tensors[name + "b"] = rng.normal(0, 0.4, (rows, 4)).astype(np.float32)
+    return write_lora(path, metadata, **tensors)
 
 
 def reference(path: Path, adapter: Path, history: str, start: str, count: int) -> str:

@@ -25,11 +25,13 @@ from tiny_gguf import (
     add_lora,
     cut,
     divergence,
+    finish,
     llama_logits,
     read_fields,
     read_llama,
     torch_logits,
     write_llama,
+    write_lora,
 )
 from tiny_models import make_llama
 
@@ -163,30 +165,6 @@ def write_typed(path: Path, entries: list[tuple[str, Any, Any, Any]]) -> None:
     writer.add_tensor("v", np.arange(5, dtype=np.float32))
     writer.add_tensor("w", np.ones((4, 8), np.float32))
     finish(writer)
-
-
-def write_lora(path: Path, metadata: dict[str, Any], **tensors: np.ndarray) -> Path:
-    """An adapter of rank 2 for the matrix `w`, all ones, without alpha; or with other tensors."""
-    writer = gguf.GGUFWriter(path, metadata.pop("general.architecture", "llama"))
-    for key, value in {"general.type": "adapter", "adapter.type": "lora", **metadata}.items():
-        if isinstance(value, list):
-            writer.add_key_value(key, value, TYPE.ARRAY, TYPE.UINT32)
-        elif isinstance(value, float):
-            writer.add_float32(key, value)
-        else:
-            writer.add_string(key, value)
-    ones = {"a": np.full((2, 8), 2.0, np.float32), "b": np.ones((4, 2), np.float32)}
-    for key, values in (tensors or {f"w.lora_{half}": values for half, values in ones.items()}).items():
-        writer.add_tensor(key, values)
-    finish(writer)
-    return path
-
-
-def finish(writer: Any) -> None:
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def test_alpha_is_divided_by_the_rank(tmp_path: Path) -> None:

@@ -64,10 +64,7 @@ def write_llama(model: Any, path: Path, tokenizer: Any = None, **metadata: str) 
                 halves = array.reshape(heads, 2, array.shape[0] // heads // 2, -1)
                 array = np.ascontiguousarray(halves.swapaxes(1, 2).reshape(array.shape))
         writer.add_tensor(f"{names.get_name(key.removesuffix('.weight'))}.weight", array)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     return path
 
 
@@ -108,11 +105,35 @@ def write_random(path: Path, *, width: int = 64, hidden: int = 96, experts: int 
     for name, shape in shapes.items():
         values = np.ones(shape) if len(shape) == 1 else random.normal(size=shape) / width**0.5
         writer.add_tensor(f"{name}.weight", values.astype(np.float32))
+    finish(writer)
+    return path
+
+
+def write_lora(path: Path, metadata: dict[str, Any], **tensors: np.ndarray) -> Path:
+    """An adapter of rank 2 for the matrix `w`, all ones, without alpha; or with other tensors."""
+    import gguf
+
+    writer = gguf.GGUFWriter(path, metadata.pop("general.architecture", "llama"))
+    for key, value in {"general.type": "adapter", "adapter.type": "lora", **metadata}.items():
+        if isinstance(value, list):
+            writer.add_key_value(key, value, gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.UINT32)
+        elif isinstance(value, float):
+            writer.add_float32(key, value)
+        else:
+            writer.add_string(key, value)
+    ones = {"a": np.full((2, 8), 2.0, np.float32), "b": np.ones((4, 2), np.float32)}
+    for key, values in (tensors or {f"w.lora_{half}": values for half, values in ones.items()}).items():
+        writer.add_tensor(key, values)
+    finish(writer)
+    return path
+
+
+def finish(writer: Any) -> None:
+    """Write what a `GGUFWriter` was told."""
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
 
 
 def read_fields(path: Path) -> dict[str, Any]:

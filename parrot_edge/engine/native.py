@@ -486,15 +486,18 @@ class ContextShape:
     batch: int = 512
     outputs: int = 0
 
+    def cache_bytes(self, model: Model) -> int:
+        """Memory in bytes of the keys and values of all sequences."""
+        return self.sequences * self.tokens * model.kv_bytes_per_token
+
     def sequence_bytes(self, model: Model) -> int:
         """Memory in bytes that a whole sequence takes outside its context (an estimate, rounded up)."""
         return self.tokens * (model.kv_bytes_per_token + 64) + 2**20
 
     def bytes(self, model: Model) -> int:
         """Memory in bytes that such a context takes beside the weights (an estimate, rounded up)."""
-        cache = self.sequences * self.tokens * model.kv_bytes_per_token
         logits = 2 * 4 * model.vocab_size * max(self.sequences, self.outputs)
-        return cache + logits + 48 * 2**20
+        return self.cache_bytes(model) + logits + 48 * 2**20
 
 
 class Context(_Handle):
