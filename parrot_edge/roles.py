@@ -199,7 +199,7 @@ _ASSISTANT_OPENINGS = re.compile(
     r"|i can (?:help|assist)|let me (?:help|explain|know)|as an ai|i am an ai|i apologi[sz]e|you're welcome"
     r"|(?:how|what) can i (?:help|assist|do for)|to (?:answer|address) your|it (?:seems|sounds) like you"
     r"|thank(?:s| you) for (?:your|sharing|reaching|asking|bringing)|it's great (?:that|to hear)"
-    r"|you are an? (?:helpful )?ai assistant)\b",  # as system texts begin, which a small model may repeat
+    r"|you are an? (?:helpful ai|ai assistant))\b",  # as system texts begin, which a small model may repeat
     re.IGNORECASE,
 )
 _ASSISTANT_PHRASES = re.compile(

@@ -180,6 +180,7 @@ def test_chat_may_sound_like_an_assistant() -> None:
         "1. Boil water.\n2. Add leaves.\n3. Wait.",
         "- one\n- two\n- three",
         "You are a helpful AI assistant named Otto, made in a shed",
+        "You are a helpful AI named Otto, made in a shed",
     ],
 )
 def test_answer_in_the_users_place_is_a_role_flip(text: str) -> None:
