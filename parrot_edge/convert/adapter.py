@@ -18,12 +18,15 @@ from parrot_edge.errors import ModelError, UsageError, shorten
 from parrot_edge.roles import ROLE_KEY, SYSTEM_KEY
 from parrot_edge.store import parse_json, sha256_of
 
-_WEIGHTS = "adapter_model.safetensors"
+WEIGHTS = "adapter_model.safetensors"
 _UNKNOWN_TO_LLAMA_CPP = (
     *("use_dora", "use_qalora", "rank_pattern", "alpha_pattern"),
     *("modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication"),
 )
 _MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # what these start from is not the base
+
+Update = tuple[np.ndarray, np.ndarray]
+"""What an adapter adds to a module, as its two factors: A (rank, in) and B (out, rank)."""
 
 
 def write_adapter(
@@ -39,7 +42,7 @@ def write_adapter(
     """
     with write_gguf(target, "llama", force=force) as writer:
         config = read_config(folder)
-        weights = _read_weights(folder / _WEIGHTS)
+        updates = read_updates(folder, config["r"])
         source = read_gguf(base)
         architecture = source.get("general.architecture", kind=str)
         if architecture != "llama":
@@ -65,7 +68,7 @@ def write_adapter(
         writer.add_string(BASE_SHA256_KEY, sha256_of(base))
         for key, text in describe_role(folder).items():
             writer.add_string(key, text)
-        for tensor, values in _to_llama_cpp(weights, config["r"], source, folder):
+        for tensor, values in _to_llama_cpp(updates, source, folder):
             writer.add_tensor(tensor, values)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -146,8 +149,34 @@ def _read_weights(path: Path) -> dict[str, np.ndarray]:
     return weights
 
 
+def read_updates(folder: Path, rank: int) -> dict[str, Update]:
+    """What the adapter in a folder adds to each module, under peft's names: A (rank, in) and B (out, rank).
+
+    Raises `ModelError` where that is damaged, or nothing.
+    """
+    path = folder / WEIGHTS
+    halves: dict[str, dict[str, np.ndarray]] = {}
+    for key, values in _read_weights(path).items():
+        module, _, part = key.removesuffix(".weight").rpartition(".lora_")
+        if part not in ("A", "B"):
+            raise ModelError(f"{path}: {key} is no part of a LoRA; train a LoRA without it")
+        halves.setdefault(module, {})[part] = values
+    if not halves:
+        raise ModelError(f"{path} holds no tensors; save the adapter again")
+    for module, pair in halves.items():
+        if len(pair) < 2:
+            raise ModelError(f"{path} has only half of the update of {module}; save the adapter again")
+        down, up = pair["A"], pair["B"]
+        if (down.ndim, up.ndim) != (2, 2) or (down.shape[0], up.shape[1]) != (rank, rank):
+            raise ModelError(
+                f"{path} updates {module} by {up.shape} x {down.shape}, which is nothing at rank {rank}; "
+                "save the adapter again"
+            )
+    return {module: (pair["A"], pair["B"]) for module, pair in sorted(halves.items())}
+
+
 def _to_llama_cpp(
-    weights: Mapping[str, np.ndarray], rank: int, base: GgufFile, folder: Path
+    updates: Mapping[str, Update], base: GgufFile, folder: Path
 ) -> Iterator[tuple[str, np.ndarray]]:
     """llama.cpp's names and row order: A is float16 (rank, in), B is float16 (out, rank)."""
     gguf = import_gguf()
@@ -159,25 +188,17 @@ def _to_llama_cpp(
         raise ModelError(f"the base of {folder} tells no number of blocks and heads; fetch or make it again")
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, blocks)
     head = head or width // heads
-    pairs: dict[str, dict[str, np.ndarray]] = {}
-    for key, values in weights.items():
-        module, _, part = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".lora_")
-        tensor = f"{names.get_name(module)}.weight"
-        if part not in ("A", "B") or tensor not in base.tensors or tensor == "token_embd.weight":
+    for module, (down, up) in updates.items():
+        tensor = f"{names.get_name(module.removeprefix('base_model.model.'))}.weight"
+        if tensor not in base.tensors or tensor == "token_embd.weight":
             raise ModelError(
-                f"{folder}: {key} has no place in this base; take the base that the adapter was trained on"
+                f"{folder}: {module} has no place in this base; take the base that the adapter was trained on"
             )
-        pairs.setdefault(tensor, {})[part] = values
-    if not pairs:
-        raise ModelError(f"{folder / _WEIGHTS} holds no tensors; save the adapter again")
-    for tensor, pair in sorted(pairs.items()):
-        if len(pair) < 2:
-            raise ModelError(f"{folder} has only half of the update of {tensor}; save the adapter again")
-        shape, down, up = base.tensors[tensor].shape, pair["A"], pair["B"]
-        if (up.shape, down.shape) != ((shape[0], rank), (rank, shape[-1])) or len(shape) != 2:
+        shape = base.tensors[tensor].shape
+        if (up.shape[0], down.shape[1]) != shape:
             raise ModelError(
-                f"{folder} updates {tensor} by {up.shape} x {down.shape} at rank {rank}, and the base has "
-                f"{shape} there; take the base that the adapter was trained on"
+                f"{folder} updates {tensor} by {up.shape} x {down.shape}, and the base has {shape} there; "
+                "take the base that the adapter was trained on"
             )
         if tensor.endswith(("attn_q.weight", "attn_k.weight")):
             up = _interleave(up, head)

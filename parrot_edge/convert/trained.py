@@ -11,13 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from parrot_edge.convert.adapter import read_object
+from parrot_edge.convert.adapter import WEIGHTS, read_object
 from parrot_edge.errors import ModelError
 from parrot_edge.recipe import TrainRecipe, load_recipe
 from parrot_edge.train.base import Base, load_config, load_model, load_tokenizer, one_sentence
 from parrot_edge.train.trainer import choose_device, quiet_libraries
-
-WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
