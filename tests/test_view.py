@@ -276,6 +276,21 @@ def test_search_finds_words_in_any_order_and_phrases_as_they_stand(open_in: Open
     expect(status(page)).to_have_text(f"{len(ROWS)} dialogues")
 
 
+def test_what_is_typed_right_after_a_clear_stays_where_it_was_typed(open_in: Open, page_file: Path) -> None:
+    page = open_in(page_file)
+    page.get_by_role("searchbox").fill("ghent")
+    expect(status(page)).to_contain_text("1 of")
+    seen = page.evaluate(
+        "() => { document.querySelector('[data-part=reset]').click();"
+        " document.querySelector('[aria-label=\"Least words\"]').focus();"
+        " return document.querySelector('[data-part=status]').textContent }"
+    )
+    assert seen == f"{len(ROWS)} dialogues"
+    page.keyboard.type("50")
+    expect(status(page)).to_contain_text("1 of")
+    assert items(page) == ["Tell me of tea"]
+
+
 def test_pair_is_shown_with_both_answers(open_in: Open, tmp_path: Path) -> None:
     pair = {"prompt": [{"role": "user", "content": "Hi"}], "chosen": "Hello", "rejected": "What?", "id": "p"}
     as_messages = {**pair, "chosen": [{"role": "assistant", "content": "Hello"}], "id": "q"}

@@ -175,13 +175,12 @@ part("filters").addEventListener("input", (event) => {
   if (!found.words.length || !workers.length) refresh();
 });
 part("filters").addEventListener("submit", (event) => event.preventDefault());
-part("filters").addEventListener("reset", () => {
-  setTimeout(() => {
-    found.words = [];
-    ask();
-    refresh();
-    part("query").focus();
-  });
+part("reset").addEventListener("click", () => {
+  part("filters").reset();
+  found.words = [];
+  ask();
+  refresh();
+  part("query").focus();
 });
 
 // ---- The list: only the items in sight exist
