@@ -397,12 +397,12 @@ class _Listener:
             said = model(
                 input_ids=torch.tensor([ids], device=model.device),
                 position_ids=torch.arange(start, stop, device=model.device)[None],
-                past_key_values=cache,
+                cache=cache,
                 use_cache=True,
                 turns=[(0, start, stop)],
                 logits_to_keep=1,
             )
-            cache = said.past_key_values
+            cache = said.cache
             return int(said.logits[0, -1].argmax())
 
         with torch.no_grad():

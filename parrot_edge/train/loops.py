@@ -118,7 +118,7 @@ def _activated_logits(model: nn.Module, batch: dict[str, Any]) -> tuple[torch.Te
     kept = predicts.nonzero()[:, 0]  # (N,)
     logits = model(
         **{key: tokens[:, places] for key, tokens in line.items()},
-        past_key_values=read.past_key_values,
+        cache=read.cache,
         turns=turns,
         logits_to_keep=kept,
     ).logits[0]
