@@ -1,15 +1,16 @@
 """The plan: what a run will train, read and take, before anything is loaded.
 
-Memory is estimated from the base's shape alone (checked against measured peaks, see
-docs/benchmarks.md), time from a short matrix product on the device.
+Memory is estimated from the base's shape alone, time from one of its blocks, which is run on the
+device (both checked against what runs took, see docs/benchmarks.md).
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from parrot_edge.errors import ModelError
@@ -21,10 +22,6 @@ RUNTIME_BYTES = {"cpu": 1.5e9, "cuda": 1.2e9}
 
 NF4_BYTES = 0.5 + 0.127 / 8
 """A weight in NF4 with double quantisation, arXiv 2305.14314."""
-
-EFFICIENCY = 0.65
-"""Share of a bare matrix product's speed that a training step reaches; the rest is attention,
-norms and the optimiser."""
 
 
 @dataclass(frozen=True)
@@ -184,6 +181,7 @@ def make_plan(
     sizes: Sequence[tuple[int, int]],
     *,
     held_out: int,
+    config: Any,
     device: Any,
     dtype: Any,
     processes: int,
@@ -219,19 +217,25 @@ def make_plan(
         available, _ = torch.cuda.mem_get_info(device)
     else:
         available = int(inspect_machine().memory_available * MEMORY_SHARE)
+    name = "GPU" if kind == "cuda" else "CPU"
+    if memory > available:
+        raise ModelError(
+            f"this needs about {format_bytes(memory)} and the {name} has {format_bytes(available)} "
+            "free; set a smaller data.max_length or optim.micro_batch, optim.checkpointing=true, or a "
+            "smaller base"
+        )
     tokens = sum(lengths)
     passes = 3 if recipe.optim.checkpointing else 2
     targets = sum(learned)
     head = 2 * shape.hidden * shape.vocab  # operations for a token's logits; learned ones alone need them
-    layers = 2 * (shape.linear + 3 * shape.trained)  # for a token to pass the blocks with their adapter
+    layers = _block_operations(shape)
     if recipe.lora.activated:
         epoch = tokens * 2 * shape.linear + targets * passes * (layers + head)
     else:
         epoch = passes * (tokens * layers + targets * head)
     measured = 2 * held_out * (layers + head * targets / max(tokens, 1))
     operations = epoch * steps / updates / processes + measured
-    seconds = operations / (measure_speed(device, dtype, shape) * EFFICIENCY)
-    plan = Plan(
+    return Plan(
         shape=shape,
         rows=len(sizes),
         tokens=tokens,
@@ -242,16 +246,9 @@ def make_plan(
         warmup_steps=round(recipe.optim.warmup_epochs * updates),
         memory=memory,
         available=available,
-        seconds=seconds,
-        device="GPU" if kind == "cuda" else "CPU",
+        seconds=operations / measure_speed(config, recipe.lora, shape, device=device, dtype=dtype),
+        device=name,
     )
-    if memory > available:
-        raise ModelError(
-            f"this needs about {format_bytes(memory)} and the {plan.device} has {format_bytes(available)} "
-            "free; set a smaller data.max_length or optim.micro_batch, optim.checkpointing=true, or a "
-            "smaller base"
-        )
-    return plan
 
 
 def optimizer_name(recipe: TrainRecipe, device: str) -> str:
@@ -262,21 +259,41 @@ def optimizer_name(recipe: TrainRecipe, device: str) -> str:
     return {"adamw": "adamw_torch"}.get(name, name)
 
 
-def measure_speed(device: Any, dtype: Any, shape: Shape) -> float:
-    """Operations a second of the device in the base's largest matrix product, over 0.3 s."""
-    import torch
+def measure_speed(config: Any, options: LoraOptions, shape: Shape, *, device: Any, dtype: Any) -> float:
+    """Operations a second, of those that `make_plan` counts, with one block of the base and its adapter.
 
-    left = torch.ones(512, shape.hidden, device=device, dtype=dtype)
-    right = torch.ones(shape.hidden, shape.intermediate, device=device, dtype=dtype)
-    count, started = -1, time.perf_counter()
-    while time.perf_counter() - started < 0.3:
-        left @ right
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        count += 1
-        if count == 0:  # the first call loads the kernels
-            started = time.perf_counter()
-    return 2 * left.numel() * shape.intermediate * count / (time.perf_counter() - started)
+    The block reads 512 tokens, forward and backward, for 0.3 s or twice; its attention and its norms
+    take part in the time.
+    """
+    import torch
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    block = copy.deepcopy(config)
+    text = block.get_text_config()
+    text.num_hidden_layers, text.vocab_size, text.pad_token_id = 1, 8, None
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:1]
+    with torch.random.fork_rng(), torch.device(device):
+        model = AutoModelForCausalLM.from_config(block, dtype=dtype)
+        model = get_peft_model(model, lora_config(model, replace(options, layers=0)))
+        tokens = torch.zeros(1, 512, dtype=torch.long)
+        count, started = -1, time.perf_counter()
+        while count < 1 or time.perf_counter() - started < 0.3:
+            with torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16):
+                model(tokens, use_cache=False).logits.sum().backward()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            count += 1
+            if count == 0:  # the first call loads the kernels
+                started = time.perf_counter()
+    passes = 2 * count * tokens.numel()
+    return passes * _block_operations(shape) / shape.layers / (time.perf_counter() - started)
+
+
+def _block_operations(shape: Shape) -> int:
+    """Operations for a token to pass all blocks with their adapter, one way."""
+    return 2 * (shape.linear + 3 * shape.trained)
 
 
 def format_seconds(seconds: float) -> str:

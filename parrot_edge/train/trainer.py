@@ -126,7 +126,16 @@ def _prepare(recipe: TrainRecipe, say: Say) -> Job:
         header = template.invocation(LEARNED[recipe.role])
         invocation = tokenizer(header, add_special_tokens=False)["input_ids"]
     shape = measure_shape(config, recipe.lora)
-    plan = make_plan(recipe, shape, sizes, held_out=measured, device=device, dtype=dtype, processes=processes)
+    plan = make_plan(
+        recipe,
+        shape,
+        sizes,
+        held_out=measured,
+        config=config,
+        device=device,
+        dtype=dtype,
+        processes=processes,
+    )
     return Job(
         recipe,
         base,
