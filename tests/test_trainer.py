@@ -287,6 +287,15 @@ def test_plan_counts_what_the_run_then_does(recipe: Any, tmp_path: Path) -> None
     assert len(planned.lines()) == 3
 
 
+def test_plan_draws_no_random_numbers_of_the_run(recipe: Any) -> None:
+    """The adapter starts from them, and how often a block is timed depends on the machine."""
+    import torch
+
+    before = torch.get_rng_state()
+    plan_run(recipe("lora.dropout=0.5"))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_run_that_cannot_fit_is_refused_before_it_starts(
     recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
