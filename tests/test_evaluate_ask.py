@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from parrot_edge.cli import options
 from parrot_edge.cli.evaluate import ask as command
 from parrot_edge.cli.evaluate import evaluate as group
 from parrot_edge.dialogue import Message, Seed
@@ -24,6 +25,7 @@ from parrot_edge.evaluate.ask_likelihood import StopScore, TurnScore
 from parrot_edge.evaluate.sources import Stop, Turn, read_source
 from parrot_edge.evaluate.window import Window
 from parrot_edge.figures import Resampling, readable
+from parrot_edge.filetype import Choice
 from parrot_edge.models import LocalModel, RemoteModel
 from parrot_edge.roles import END_MARK, FLIPPED, NATIVE, AskPrompt, Speaker, ask_view
 from parrot_edge.simulate import RunSettings
@@ -397,6 +399,7 @@ def test_the_report_has_all_systems_side_by_side(tmp_path, model_file, monkeypat
     assert report["data"] == [{"name": "talks.jsonl", "dialogues": 2, "groups": 2, "turns": 3}]
     native, flipped = report["systems"]
     assert (native["prompt"], flipped["prompt"]) == ("native", "flipped")
+    assert native["file"] == flipped["file"] == model_file.name
     assert native["perplexity"]["below_first"]["mean"] == {"value": 0, "low": 0, "high": 0}
     assert flipped["perplexity"]["below_first"]["mean"]["value"] == pytest.approx(
         1
@@ -428,7 +431,33 @@ def test_an_endpoint_has_no_likelihoods(talks, monkeypatch):
     report = asyncio.run(evaluate.evaluate_ask(systems, [read_source(talks)], AskSettings(points=6)))
     [system] = report["systems"]
     assert (system["perplexity"], system["ending"], system["prompt"]) == (None, None, "flipped")
+    assert system["file"] is None
     assert system["turns"]["places"] == 6
+
+
+def test_the_embedded_model_is_measured_as_the_file_that_is_run(talks, tmp_path, monkeypatch):
+    fastest, measured = tmp_path / "fastest.gguf", []
+
+    async def keep(systems, sources, settings, *, chat, **named):
+        measured.extend([*(system.model for system in systems), chat])
+        return {}
+
+    monkeypatch.setattr(options, "choose_file", lambda *given, **named: Choice(fastest, "F16", "it is"))
+    monkeypatch.setattr(evaluate, "evaluate_ask", keep)
+    arguments = [
+        "ask",
+        "smollm2@native",
+        "http://localhost:1/v1#big",
+        "--data",
+        talks,
+        "--simulate=1",
+        "--json",
+    ]
+    CliRunner().invoke(group, arguments, catch_exceptions=False)
+    base, endpoint, chat = measured
+    assert base == LocalModel("smollm2", fastest)
+    assert endpoint == RemoteModel("big", "http://localhost:1/v1", "big")
+    assert chat.path == fastest
 
 
 def test_without_scikit_learn_there_is_one_sentence(talks, monkeypatch):

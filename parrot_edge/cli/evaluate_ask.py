@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import click
@@ -78,6 +79,7 @@ def ask(models: tuple[str, ...], paths: tuple[str, ...], as_json: bool, **given:
 
     MODEL may be followed by @PROMPT: native (continue after the user's header), flipped (told to play
     the user, with roles exchanged), either with a system line of your own as native:TEXT, or default.
+    The embedded model is measured as the file type that is fastest here, as it is run.
     Every figure stands with its 95% interval over dialogues. The perplexity of a user turn counts its
     tokens and the one that closes it; "below the first" compares with the first MODEL.
 
@@ -94,17 +96,19 @@ def ask(models: tuple[str, ...], paths: tuple[str, ...], as_json: bool, **given:
         click.echo(text, err=True)
 
     sampling = options.take_sampling(given)
-    systems = [
+    load = {name: given[name] for name in ("parallel", "threads")}
+    parsed = [
         measures.System.parse(model, prompt)
         for model in models
         for prompt in given["prompts"] or ("default",)
     ]
+    systems = [replace(system, model=options.take_fastest(system.model, **load)) for system in parsed]
     which = {"held_out": given["held_out"], "limit": given["limit"], "seed": given["seed"]}
     sources = [read_source(path, **which, skip=given["on_error"] == "skip") for path in paths]
     names = ("points", "simulate", "turns", "context", "max_tokens", "parallel", "threads", "seed")
     settings = measures.AskSettings(**{name: given[name] for name in names}, sampling=sampling)
     seeds = list(Intake(given["seeds"] or str(builtin_path())).seeds()) if settings.simulate else []
-    chat = parse_model(given["chat"]) if settings.simulate else None
+    chat = options.take_fastest(parse_model(given["chat"]), **load) if settings.simulate else None
     report = options.run_interruptibly(
         measures.evaluate_ask(
             list(dict.fromkeys(systems)), sources, settings, chat=chat, seeds=seeds, say=say

@@ -10,6 +10,7 @@ import signal
 import stat
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -167,15 +168,25 @@ def take_sampling(options: dict[str, Any]) -> Sampling:
 
 
 def find_model(text: str, *, parallel: int, threads: int | None) -> LocalModel | RemoteModel:
-    """The MODEL of an option; the embedded one as the file type that is fastest here."""
+    """The MODEL of an option; the embedded one as the file type that is fastest here, and named so."""
     model = parse_model(text)
+    found = take_fastest(model, parallel=parallel, threads=threads)
+    if isinstance(found, RemoteModel) or found == model:
+        return found
+    stem = found.path.stem
+    return replace(found, name=f"{stem}+{found.adapter.name}" if found.adapter else stem)
+
+
+def take_fastest(
+    model: LocalModel | RemoteModel, *, parallel: int, threads: int | None
+) -> LocalModel | RemoteModel:
+    """The same model under its own name; the embedded one as the file type that is fastest here."""
     if isinstance(model, RemoteModel):
         return model
     choice = choose_file(
         model, sequences=parallel, threads=threads, say=lambda note: click.echo(note, err=True)
     )
-    name = f"{choice.path.stem}+{model.adapter.name}" if model.adapter else choice.path.stem
-    return LocalModel(name, choice.path, model.adapter) if choice.path != model.path else model
+    return replace(model, path=choice.path)
 
 
 def say(note: str) -> None:

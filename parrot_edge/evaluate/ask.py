@@ -130,9 +130,10 @@ async def evaluate_ask(
     places = sample_turns(sources, settings.points, settings.seed) if settings.points else []
     reports: list[dict[str, Any]] = []
     for system in systems:
-        parts = dict.fromkeys(("prompt", "perplexity", "ending", "turns", "simulation"))
+        parts = dict.fromkeys(("file", "prompt", "perplexity", "ending", "turns", "simulation"))
         report: dict[str, Any] = {"model": system.model.name, **parts}
         if isinstance(system.model, LocalModel):
+            report["file"] = system.model.path.name
             report |= await asyncio.to_thread(
                 _measure_likelihood, system.model, system.prompt, sources, resampling, settings, say
             )
