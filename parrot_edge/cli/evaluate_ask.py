@@ -11,7 +11,7 @@ import click
 
 from parrot_edge.cli import options
 from parrot_edge.intake import Intake
-from parrot_edge.models import parse_model
+from parrot_edge.models import LocalModel, RemoteModel, parse_model
 from parrot_edge.seeds import builtin_path
 from parrot_edge.table import Rows, align_columns, dig, list_figures
 
@@ -96,23 +96,24 @@ def ask(models: tuple[str, ...], paths: tuple[str, ...], as_json: bool, **given:
         click.echo(text, err=True)
 
     sampling = options.take_sampling(given)
-    load = {name: given[name] for name in ("parallel", "threads")}
-    parsed = [
+    systems = [
         measures.System.parse(model, prompt)
         for model in models
         for prompt in given["prompts"] or ("default",)
     ]
-    systems = [replace(system, model=options.take_fastest(system.model, **load)) for system in parsed]
     which = {"held_out": given["held_out"], "limit": given["limit"], "seed": given["seed"]}
     sources = [read_source(path, **which, skip=given["on_error"] == "skip") for path in paths]
     names = ("points", "simulate", "turns", "context", "max_tokens", "parallel", "threads", "seed")
     settings = measures.AskSettings(**{name: given[name] for name in names}, sampling=sampling)
     seeds = list(Intake(given["seeds"] or str(builtin_path())).seeds()) if settings.simulate else []
-    chat = options.take_fastest(parse_model(given["chat"]), **load) if settings.simulate else None
+    chat = parse_model(given["chat"]) if settings.simulate else None
+
+    def fastest(model: LocalModel | RemoteModel) -> LocalModel | RemoteModel:
+        return options.take_fastest(model, parallel=settings.parallel, threads=settings.threads)
+
+    systems = [replace(system, model=fastest(system.model)) for system in dict.fromkeys(systems)]
     report = options.run_interruptibly(
-        measures.evaluate_ask(
-            list(dict.fromkeys(systems)), sources, settings, chat=chat, seeds=seeds, say=say
-        ),
+        measures.evaluate_ask(systems, sources, settings, chat=chat and fastest(chat), seeds=seeds, say=say),
         "nothing is kept of what was measured",
     )
     if as_json:
